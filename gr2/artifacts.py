@@ -1,0 +1,93 @@
+"""Models and other folders that stages write: content-hashed, published by one rename and one pointer, never half there.
+
+root/models/<name>/<hash>/...      the files (safetensors, JSON, Arrow) and manifest.json
+root/models/<name>/current.json    {"hash": ...}, replaced atomically
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gr2.errors import MissingInputError, ModelError
+
+ALLOWED = {".safetensors", ".json", ".jsonl", ".txt", ".yaml", ".arrow", ".parquet", ".jinja", ".model"}
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A published folder. `id` is name@hash: what tables call `model_id`."""
+
+    name: str
+    hash: str
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def id(self) -> str:
+        """Name and content hash."""
+        return f"{self.name}@{self.hash}"
+
+
+def content_hash(folder: Path) -> str:
+    """First 12 hex digits of the SHA-256 over names and bytes of all files but the manifest and the curves."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in ("manifest.json", "metrics.jsonl")):
+        digest.update(str(path.relative_to(folder)).encode())
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()[:12]
+
+
+@contextlib.contextmanager
+def publish_folder(root: Path, name: str, manifest: dict[str, Any]) -> Iterator[Path]:
+    """Yields an empty folder to fill; on a clean exit it becomes the current version of `name`, else it is removed.
+
+    `manifest` may be filled while the folder is; it must be JSON. Raises ModelError for a file type that is not allowed.
+    """
+    home = root / "models" / name
+    draft = home / f".draft-{uuid.uuid4().hex[:8]}"
+    draft.mkdir(parents=True)
+    try:
+        yield draft
+        bad = sorted(p.name for p in draft.rglob("*") if p.is_file() and p.suffix not in ALLOWED)
+        if bad:
+            raise ModelError(f"model {name!r} would hold files of a refused type: {', '.join(bad)}")
+        digest = content_hash(draft)
+        (draft / "manifest.json").write_text(json.dumps({"name": name, "hash": digest, **manifest}, indent=1, sort_keys=True, default=str))
+        final = home / digest
+        if final.exists():  # equal content: keep the folder that readers may hold open
+            shutil.rmtree(draft)
+        else:
+            draft.rename(final)
+        pointer = home / f".current-{uuid.uuid4().hex[:8]}"
+        pointer.write_text(json.dumps({"hash": digest}))
+        os.replace(pointer, home / "current.json")
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def resolve(root: Path, name: str, stage: str, digest: str | None = None) -> Artifact:
+    """The current (or the pinned) version of a model. Raises MissingInputError naming the stage that builds it."""
+    home = root / "models" / name
+    pointer = home / "current.json"
+    if digest is None:
+        if not pointer.exists():
+            raise MissingInputError(f"model {name!r} does not exist under {root}: run `gr2 stage {stage}` first")
+        digest = str(json.loads(pointer.read_text())["hash"])
+    manifest = home / digest / "manifest.json"
+    if not manifest.exists():
+        raise MissingInputError(f"model {name}@{digest} is pinned but its folder is gone: run `gr2 stage {stage}` again")
+    return Artifact(name, digest, home / digest, json.loads(manifest.read_text()))
+
+
+def names(root: Path) -> list[str]:
+    """Models that have a current version."""
+    return sorted(p.parent.name for p in (root / "models").glob("*/current.json"))

@@ -1,0 +1,400 @@
+"""Profiles: one YAML file under `conf/` becomes one frozen `Config`. Unknown keys are refused with the nearest valid name.
+
+    cfg = load("demo", ["paths.root=/tmp/x", "rl.steps=4"])
+
+Every value has a default here, so a profile states only what it changes. A section belongs to one stage, or to the few
+that share it, and its hash is part of what decides whether that stage is up to date.
+"""
+
+import difflib
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from gr2.errors import ConfigError
+
+PROJECT = Path(__file__).resolve().parent.parent
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(gt=0)]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_+.-]*$")]
+
+
+class Section(BaseModel):
+    """A frozen group of settings that refuses keys it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Paths(Section):
+    """`root` holds everything that a run writes: tables, models, reports, logs. Nothing is written elsewhere."""
+
+    root: Path = Path("var/demo")
+
+
+class Data(Section):
+    """Where raw data come from and how they are cut into the re-ranker's splits (DESIGN section 4)."""
+
+    source: Literal["simulator", "amazon2014"] = "simulator"
+    path: Path | None = None  # folder of raw files; the environment variable GR2_DATA is the fallback
+    protocol: Literal["leave_one_out", "time"] = "time"
+    same_day_order: Literal["as_published", "shuffled"] = "as_published"
+    windows: tuple[Share, Share, Share] = (0.55, 0.75, 0.85)  # time protocol: ends of pre-ranker, re-ranker and picking windows
+    period: Literal["day", "month", "year"] = "day"  # partition grain of `events` and what follows it
+    max_history: Positive = 50  # items that a `histories` row keeps
+    session_gap_minutes: Positive = 30
+    max_requests_per_user: Positive = 1  # time protocol: targets a user gives to one split
+    max_quarantine_share: Share = 0.05  # more refused rows than this fail the gate
+
+
+class Simulator(Section):
+    """A marketplace with known relevance (`gr2/simulate.py`)."""
+
+    users: Positive = 1200
+    items: Positive = 400
+    new_items_per_day: int = Field(2, ge=0)
+    days: Positive = 28
+    start: str = Field("2026-01-01", pattern=r"^\d{4}-\d{2}-\d{2}$")
+    requests_per_user_day: float = Field(0.6, gt=0)
+    slate: Positive = 10
+    columns: Positive = 1  # 1: slots in a row; more: a grid of rows and columns
+    position_decay: Share = 0.75  # P(look at slot k) relative to slot k - 1
+    late_share: Share = 0.02
+    duplicate_share: Share = 0.01
+    malformed_share: Share = 0.005
+
+
+class Spark(Section):
+    """The session. `local[2]` and small driver by default; a cluster needs `master` and a table root that all nodes see."""
+
+    master: str = "local[2]"
+    driver_memory: str = "1536m"
+    shuffle_partitions: Positive = 2
+    extra: dict[str, str] = {}
+
+
+class Evidence(Section):
+    """Directed item pairs and item statistics, decayed and anchored at the end of what they were fitted on."""
+
+    window: Positive = 5  # a pair links an item with the next ones within this many steps of the same history
+    half_life_days: float = Field(365.0, gt=0)
+    max_pairs_per_item: Positive = 100
+    min_count: Positive = 1
+
+
+class Embeddings(Section):
+    """Item vectors: text (TF-IDF of words and characters, SVD) beside collaborative (SVD of item pairs)."""
+
+    text_dim: Positive = 96
+    collaborative_dim: int = Field(32, ge=0)
+    encoder: str | None = None  # a Hugging Face encoder by id or path instead of TF-IDF
+    collaborative_weight: float = Field(1.0, ge=0)
+
+
+class Tokenizer(Section):
+    """Semantic-ID tokenizer (METHOD 2)."""
+
+    builder: Literal["rqvae", "rqkmeans"] = "rqvae"
+    levels: Positive = 4
+    codes: Positive = 256
+    collisions: Literal["nearest_free", "random", "random_last_levels"] = "nearest_free"
+    random_levels: Positive = 1
+    dim: Positive = 32
+    hidden: Positive = 128
+    steps: Positive = 1500
+    batch: Positive = 512
+    lr: float = 1e-3
+    ema: float = Field(0.97, ge=0.0, lt=1.0)  # 0: codebooks learn by gradient
+    kmeans_init: bool = True
+    commitment: float = 0.25
+    diversity: float = Field(0.0, ge=0)
+    contrastive: float = Field(0.0, ge=0)
+    reset_after: int = Field(0, ge=0)  # batches without use before a code is reset; 0: never
+    min_uniqueness: Share = 0.9  # gate on the learned codes, before any separation
+
+
+class Model(Section):
+    """One size of language model: `base` (any Hugging Face causal LM by id or path), or a small Qwen3 built from scratch."""
+
+    base: str | None = None
+    hidden: Positive = 192
+    layers: Positive = 4
+    heads: Positive = 6
+    kv_heads: Positive = 6
+    mlp: Positive = 512
+    dropout: Share = 0.1
+
+
+class Models(Section):
+    """Teacher and student, and the vocabulary they share when built from scratch."""
+
+    vocabulary: Positive = 1536  # byte-level BPE, before labels and SID tokens are added
+    student: Model = Model()
+    teacher: Model = Model(hidden=256, layers=6, heads=8, kv_heads=8, mlp=704)
+
+
+class Training(Section):
+    """What every trainer shares. A stage's section holds one of these."""
+
+    epochs: float = Field(1.0, gt=0)
+    max_steps: int = Field(0, ge=0)  # 0: as many as the epochs give
+    tokens_per_batch: Positive = 4096
+    row_tokens: Positive = 512  # packed rows have this length; longer examples are refused by name
+    accumulation: Positive = 1
+    lr: float = Field(1e-3, gt=0)
+    warmup: Share = 0.05
+    weight_decay: float = Field(0.05, ge=0)
+    clip: float = Field(1.0, gt=0)
+    average: float = Field(0.0, ge=0.0, lt=1.0)  # decay of the averaged weights that are exported; 0: the last weights
+    checkpoint_every: int = Field(0, ge=0)  # steps; 0: only at the end
+    zero_stage: int = Field(1, ge=0, le=3)
+    processes: Positive = 1
+    deepspeed: str | None = None  # a file under conf/deepspeed that replaces the built-in configuration
+
+
+class Midtrain(Section):
+    """The mix of METHOD 3, by share of tokens. `history` is the sequence task, whose prefixes are its sliding windows."""
+
+    student: Training = Training(epochs=6)
+    teacher: Training = Training(epochs=4)
+    refit: Training = Training(epochs=1.5, lr=5e-4)  # continues the student on all but the last two splits
+    titles: float = Field(0.15, ge=0)  # share of examples, relative to the history task's
+    captions: float = Field(0.15, ge=0)
+    persona: float = Field(0.10, ge=0)
+    history_items: Positive = 24
+
+
+class Candidates(Section):
+    """Pre-ranking: exact constrained beams of the mid-trained model, or the lists of an impression log."""
+
+    source: Literal["beam", "log"] = "beam"
+    n: Positive = 10
+    beam: Positive = 20
+    batch: Positive = 256
+    max_requests: int = Field(0, ge=0)  # per split, seeded sample; 0: all. The full-ranking figures use every request kept
+
+
+class Prompt(Section):
+    """What the re-ranker reads (METHOD 5)."""
+
+    template: Name = "rerank_v1"  # a file in conf/prompts
+    history_items: Positive = 6
+    evidence: bool = True
+    max_prompt_tokens: Positive = 350
+    max_thought_tokens: Positive = 48
+    max_answer_tokens: Positive = 40
+
+
+class Traces(Section):
+    """Teacher samples (METHOD 6)."""
+
+    teacher: Literal["evidence", "vllm", "openai"] = "evidence"
+    model: str = ""  # vllm: path or id; openai: model name
+    url: str = ""
+    mode: Literal["rejection", "targeted", "both"] = "both"
+    accept_rank: Positive = 1
+    max_attempts: Positive = 8
+    temperature: float = Field(0.7, ge=0)
+    max_requests: int = Field(0, ge=0)
+    concurrency: Positive = 8
+    timeout_seconds: float = Field(60.0, gt=0)
+
+
+class SFT(Section):
+    """Supervised fine-tuning on accepted traces: reasoning weighs less than the answer (METHOD 7)."""
+
+    student: Training = Training(epochs=2, lr=8e-4)
+    teacher: Training = Training(epochs=2, lr=6e-4)
+    reasoning_weight: float = Field(0.3, ge=0)
+    answer_weight: float = Field(1.0, gt=0)
+    modes: dict[Literal["think", "direct"], float] = {"think": 0.6, "direct": 0.4}
+    traces: Literal["rejection", "targeted", "both"] = "rejection"
+
+
+class RL(Section):
+    """DAPO with verifiable rewards (METHOD 8)."""
+
+    student: Training = Training(lr=1e-4, warmup=0.1, max_steps=20)
+    teacher: Training = Training(lr=1e-4, warmup=0.1, max_steps=12)
+    prompts_per_step: Positive = 16
+    group: Positive = 8
+    temperature: float = Field(1.0, gt=0)
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    truncate_ratio: float = 2.0  # trainer over sampler probability, truncated (importance correction)
+    reward: Literal["gr2", "normalised", "auc", "ndcg"] = "normalised"
+    conditional: bool = True
+    alpha: float = 0.2
+    invalid: float = -1.5
+    redraw_share: Share = 0.5  # prompts whose incoming order is re-drawn so that the target's rank is uniform
+    max_refills: int = Field(2, ge=0)
+    validate_every: Positive = 5
+    validate_requests: Positive = 128
+    mode: Literal["think", "direct"] = "think"
+
+
+class OPD(Section):
+    """On-policy distillation from the RL-trained teacher (METHOD 7)."""
+
+    train: Training = Training(lr=2e-4, warmup=0.1, max_steps=10)
+    beta: float = Field(1.0, gt=0)
+    clip: tuple[float, float] = (-30.0, 5.0)
+    rl_weight: float = Field(1.0, ge=0)  # of the ranking advantage in `opd+rl`
+
+
+class Latents(Section):
+    """The latent context compressor (METHOD 9)."""
+
+    train: Training = Training(lr=1e-3, max_steps=120)
+    vectors: Positive = 2  # learned vectors an item
+
+
+class Distill(Section):
+    """Reasoning distillation to the `score` mode (METHOD 10)."""
+
+    train: Training = Training(epochs=2, lr=5e-4)
+    source: Name = "rl"
+    replicas: Positive = 2
+    label_weight: float = Field(1.0, ge=0)
+    order_weight: float = Field(0.5, ge=0)
+
+
+class Scoring(Section):
+    """Batch re-scoring (`rerank_scores`)."""
+
+    models: dict[Name, tuple[Literal["think", "direct", "score"], ...]] = {
+        "sft": ("think",),
+        "rl": ("think", "score"),
+        "opd": ("think",),
+        "opd+rl": ("think",),
+        "fast": ("score",),
+    }
+    splits: tuple[Literal["valid", "test"], ...] = ("test",)
+    replicas: Positive = 1
+    audit_replicas: Positive = 3  # permuted replicas on a sample, for the position audit
+    audit_requests: Positive = 64
+    miss_sample: int = Field(100, ge=0)  # scored requests whose target is not in the list (all of those with it are scored)
+    chunk: Positive = 256
+    kv_cache_gib: Positive = 1
+    dtype: Literal["float32", "bfloat16", "auto"] = "float32"
+
+
+class Evaluation(Section):
+    """Slices, intervals, audits (DESIGN section 4)."""
+
+    bootstrap: Positive = 1000
+    baselines: tuple[Literal["random", "popularity", "transition", "lambdamart", "oracle"], ...] = (
+        "random",
+        "popularity",
+        "transition",
+        "lambdamart",
+        "oracle",
+    )
+    min_tau: float = Field(-1.0, ge=-1.0, le=1.0)  # position audit: replicas must agree at least so well
+    max_copy_rate: Share = 1.0
+    max_invalid_rate: Share = 1.0
+
+
+class Config(Section):
+    """One profile, complete."""
+
+    profile: Name = "demo"
+    seed: int = 13
+    paths: Paths = Paths()
+    data: Data = Data()
+    simulator: Simulator = Simulator()
+    spark: Spark = Spark()
+    evidence: Evidence = Evidence()
+    embeddings: Embeddings = Embeddings()
+    tokenizer: Tokenizer = Tokenizer()
+    models: Models = Models()
+    midtrain: Midtrain = Midtrain()
+    candidates: Candidates = Candidates()
+    prompt: Prompt = Prompt()
+    traces: Traces = Traces()
+    sft: SFT = SFT()
+    rl: RL = RL()
+    opd: OPD = OPD()
+    latents: Latents = Latents()
+    distill: Distill = Distill()
+    scoring: Scoring = Scoring()
+    evaluation: Evaluation = Evaluation()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Config":
+        if self.candidates.beam < self.candidates.n:
+            raise ValueError(f"candidates.beam ({self.candidates.beam}) must be at least candidates.n ({self.candidates.n})")
+        if self.candidates.n > 20:
+            raise ValueError("candidates.n must be at most 20: there are 20 labels")
+        return self
+
+    def digest(self, *sections: str) -> str:
+        """SHA-256 of the named sections (all without names); paths are left out, since a moved folder changes no content."""
+        data = self.model_dump(mode="json", exclude={"paths"})
+        chosen = {k: data[k] for k in sections} if sections else data
+        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
+
+
+def profiles() -> list[str]:
+    """Names of the profiles under conf/."""
+    return sorted(p.stem for p in (PROJECT / "conf").glob("*.yaml"))
+
+
+def load(profile: str, overrides: list[str] | None = None) -> Config:
+    """Reads `conf/<profile>.yaml`, applies `key.path=value` overrides (values are YAML) and validates.
+
+    Raises ConfigError for an unknown profile or key (naming the nearest valid one) and for a bad value.
+    """
+    if profile not in profiles():
+        raise ConfigError(f"no profile {profile!r} in conf/{_nearest(profile, profiles())}")
+    raw = yaml.safe_load((PROJECT / "conf" / f"{profile}.yaml").read_text()) or {}
+    raw["profile"] = profile
+    for item in overrides or []:
+        key, sep, value = item.partition("=")
+        if not sep or not re.fullmatch(r"[a-z_]+(\.[a-z0-9_+-]+)*", key):
+            raise ConfigError(f"--set {item!r}: write key=value, such as rl.prompts_per_step=8")
+        _put(raw, key.split("."), yaml.safe_load(value), key)
+    if (raw.get("data") or {}).get("path") is None and os.environ.get("GR2_DATA"):
+        _put(raw, ["data", "path"], os.environ["GR2_DATA"], "data.path")
+    return _validated(raw)
+
+
+def _put(tree: dict[str, Any], path: list[str], value: Any, key: str) -> None:
+    for part in path[:-1]:
+        tree = tree.setdefault(part, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"--set {key}: {part!r} is a value, not a section")
+    tree[path[-1]] = value
+
+
+def _validated(raw: dict[str, Any]) -> Config:
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        lines = []
+        for e in error.errors():
+            where = ".".join(str(part) for part in e["loc"])
+            hint = _nearest(str(e["loc"][-1]), _siblings(e["loc"])) if e["type"] == "extra_forbidden" else ""
+            lines.append(f"{where or 'profile'}: {'unknown key' if hint or e['type'] == 'extra_forbidden' else e['msg']}{hint}")
+        raise ConfigError("; ".join(lines)) from None
+
+
+def _siblings(loc: tuple[int | str, ...]) -> list[str]:
+    """Valid keys beside the one that was refused."""
+    section: Any = Config
+    for part in loc[:-1]:
+        field = section.model_fields.get(part) if isinstance(section, type) and issubclass(section, BaseModel) else None
+        section = field.annotation if field else None
+    return list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []
+
+
+def _nearest(name: str, valid: list[str]) -> str:
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.4)
+    if close:
+        return f": did you mean {close[0]!r}?"
+    return f"; there are: {', '.join(valid)}" if valid else ""

@@ -1,0 +1,263 @@
+"""The stages in order, by name. A stage's module is loaded when it runs; only the CLI runs stages."""
+
+import ast
+import hashlib
+import importlib
+import json
+import time
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from gr2 import artifacts
+from gr2.config import PROJECT, Config
+from gr2.context import Context, Result, result_json
+from gr2.errors import ConfigError, MissingInputError
+
+ROOMS = ("gr2", "schemas", "validation", "scoring", "training", "spark_jobs")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step: its module, what it reads and writes, and the configuration sections that change what it makes."""
+
+    name: str
+    module: str
+    sections: tuple[str, ...]
+    reads: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
+    uses: tuple[str, ...] = ()  # models read
+    makes: tuple[str, ...] = ()  # models written
+
+    @property
+    def trains(self) -> bool:
+        """Whether it is a trainer: its own process, no JVM, torchrun if several."""
+        return self.module.startswith("training.")
+
+
+STAGES = (
+    Stage("events", "spark_jobs.events", ("data", "simulator"), (), ("events", "quarantine")),
+    Stage("items", "spark_jobs.items", ("data", "simulator"), (), ("items", "quarantine")),
+    Stage("interactions", "spark_jobs.interactions", ("data",), ("events", "items"), ("interactions", "histories")),
+    Stage("impressions", "spark_jobs.impressions", ("data",), ("events",), ("impressions",)),
+    Stage("evidence", "spark_jobs.evidence", ("evidence",), ("interactions",), ("item_pairs", "item_stats")),
+    Stage("item_embeddings", "spark_jobs.item_embeddings", ("embeddings",), ("items", "item_pairs"), ("item_embeddings",)),
+    Stage("tokenizer", "training.tokenizer", ("tokenizer", "embeddings"), ("item_embeddings",), (), (), ("tokenizer",)),
+    Stage("semantic_ids", "spark_jobs.semantic_ids", ("tokenizer",), ("item_embeddings",), ("semantic_ids",), ("tokenizer",)),
+    Stage(
+        "midtrain_examples",
+        "spark_jobs.midtrain_examples",
+        ("midtrain", "data"),
+        ("interactions", "items", "semantic_ids"),
+        ("midtrain_examples",),
+    ),
+    Stage(
+        "midtrain",
+        "training.midtrain",
+        ("midtrain", "models", "prompt", "tokenizer"),
+        ("midtrain_examples", "items", "semantic_ids"),
+        (),
+        ("tokenizer",),
+        ("midtrain", "midtrain-refit", "midtrain-teacher"),
+    ),
+    Stage(
+        "candidates",
+        "spark_jobs.candidates",
+        ("candidates", "data"),
+        ("interactions", "histories", "impressions", "semantic_ids", "item_pairs", "item_stats", "items", "item_embeddings"),
+        ("candidates", "candidate_features"),
+        ("midtrain", "midtrain-refit"),
+    ),
+    Stage(
+        "reasoning_traces",
+        "spark_jobs.reasoning_traces",
+        ("traces", "prompt"),
+        ("candidates", "candidate_features", "items", "semantic_ids"),
+        ("reasoning_traces",),
+        ("midtrain",),
+    ),
+    Stage(
+        "sft_examples",
+        "spark_jobs.sft_examples",
+        ("sft", "prompt"),
+        ("reasoning_traces", "candidates", "candidate_features", "items", "semantic_ids"),
+        ("sft_examples",),
+    ),
+    Stage("sft", "training.sft", ("sft", "models"), ("sft_examples",), (), ("midtrain", "midtrain-teacher"), ("sft", "sft-teacher")),
+    Stage(
+        "rl_prompts",
+        "spark_jobs.rl_prompts",
+        ("rl", "prompt"),
+        ("candidates", "candidate_features", "items", "semantic_ids"),
+        ("rl_prompts",),
+    ),
+    Stage("rl", "training.rl", ("rl", "models", "prompt"), ("rl_prompts",), (), ("sft", "sft-teacher"), ("rl-teacher", "rl")),
+    Stage("opd", "training.opd", ("opd", "rl", "models", "prompt"), ("rl_prompts",), (), ("sft", "rl-teacher"), ("opd", "opd+rl")),
+    Stage("rollouts", "spark_jobs.rollouts", ("rl", "opd"), ("rl_prompts",), ("rollouts",), ("rl-teacher", "rl", "opd", "opd+rl")),
+    Stage("latents", "training.latents", ("latents", "models"), ("items", "semantic_ids", "rl_prompts"), (), ("rl",), ("latents",)),
+    Stage("item_latents", "spark_jobs.item_latents", ("latents",), ("items",), ("item_latents",), ("latents",)),
+    Stage(
+        "distill_examples",
+        "spark_jobs.distill_examples",
+        ("distill", "prompt", "scoring"),
+        ("candidates", "candidate_features", "items", "semantic_ids"),
+        ("distill_examples",),
+        ("rl",),
+    ),
+    Stage("distill", "training.distill", ("distill", "models"), ("distill_examples",), (), ("sft",), ("fast",)),
+    Stage(
+        "rerank_scores",
+        "spark_jobs.rerank_scores",
+        ("scoring", "prompt"),
+        ("candidates", "candidate_features", "items", "semantic_ids"),
+        ("rerank_scores",),
+        ("sft", "rl", "opd", "opd+rl", "fast"),
+    ),
+    Stage("baselines", "spark_jobs.baselines", ("evaluation",), ("candidates", "candidate_features"), ("baselines",)),
+    Stage(
+        "evaluation",
+        "spark_jobs.evaluation",
+        ("evaluation", "scoring"),
+        ("candidates", "rerank_scores", "baselines"),
+        ("metrics", "audits"),
+    ),
+    Stage("release", "spark_jobs.release", (), ("metrics", "audits", "rerank_scores"), ("releases", "stage_runs")),
+    Stage("report", "spark_jobs.report", (), ("metrics", "audits", "releases", "stage_runs"), ()),
+)
+
+
+def names() -> list[str]:
+    """Stage names, in order."""
+    return [s.name for s in STAGES]
+
+
+def get(name: str) -> Stage:
+    """One stage. Raises ConfigError with the nearest names for an unknown one."""
+    for stage in STAGES:
+        if stage.name == name:
+            return stage
+    raise ConfigError(f"no stage {name!r}; there are: {', '.join(names())}")
+
+
+def builder_of(table: str) -> str:
+    """The stage that writes a table, for messages."""
+    return next((s.name for s in STAGES if table in s.writes), "?")
+
+
+def between(first: str | None, last: str | None) -> list[Stage]:
+    """The stages from one name to another, both included."""
+    start = names().index(get(first).name) if first else 0
+    end = names().index(get(last).name) if last else len(STAGES) - 1
+    if start > end:
+        raise ConfigError(f"--from {first} comes after --to {last}")
+    return list(STAGES[start : end + 1])
+
+
+def fingerprint(stage: Stage, cfg: Config, ctx: Context) -> str:
+    """Hash of all that decides what a stage makes: its settings, its code and everything that code imports, its inputs."""
+    parts: dict[str, Any] = {
+        "config": cfg.digest("profile", "seed", *stage.sections),
+        "date": str(ctx.date),
+        "code": code_hash(stage.module),
+        "tables": {t: ctx.lake.version(t) if ctx.lake.exists(t) else None for t in stage.reads},
+        "models": {m: _current(ctx.root, m) for m in stage.uses},
+    }
+    if not stage.reads:
+        parts["raw"] = _raw_listing(ctx)
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def up_to_date(stage: Stage, ctx: Context, print_: str) -> bool:
+    """Whether the last good run of this stage had the same fingerprint and what it made is still there."""
+    record = read_record(ctx, stage.name)
+    tables = all(ctx.lake.exists(t) for t in stage.writes if t != "quarantine")
+    return bool(record) and record["fingerprint"] == print_ and tables and all(_current(ctx.root, m) for m in stage.makes)
+
+
+def execute(stage: Stage, cfg: Config, ctx: Context, print_: str) -> Result:
+    """Runs a stage in this process and writes its record. Any GR2Error passes through."""
+    started = time.monotonic()
+    result: Result = importlib.import_module(stage.module).run(cfg, ctx)
+    write_record(
+        ctx,
+        stage.name,
+        {
+            "stage": stage.name,
+            "run_id": ctx.run_id,
+            "status": "ok",
+            "fingerprint": print_,
+            "seconds": time.monotonic() - started,
+            "peak_mib": _peak_mib(),
+            **result_json(result),
+        },
+    )
+    for model in stage.makes:
+        if digest := _current(ctx.root, model):
+            ctx.pin("models", model, digest)
+    return result
+
+
+def read_record(ctx: Context, stage: str) -> dict[str, Any]:
+    """The last good run of a stage, or nothing."""
+    path = ctx.root / "runs" / f"{stage}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write_record(ctx: Context, stage: str, record: dict[str, Any]) -> None:
+    """Keeps a stage's last good run; written whole, then renamed."""
+    path = ctx.root / "runs" / f"{stage}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(record, indent=1, sort_keys=True, default=str))
+    temporary.replace(path)
+
+
+@cache
+def code_hash(module: str) -> str:
+    """Hash of a module's source and of every module of this project that it imports, transitively, read as text."""
+    seen: dict[str, str] = {}
+    queue = [module]
+    while queue:
+        name = queue.pop()
+        path = _source(name)
+        if name in seen or path is None:
+            continue
+        text = path.read_text()
+        seen[name] = text
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Import):
+                queue += [a.name for a in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                queue += [node.module, *(f"{node.module}.{a.name}" for a in node.names)]
+    ignored = {"gr2.pipeline", "gr2.context", "gr2.cli"}  # how stages are run, not what they make
+    return hashlib.sha256("".join(f"{k}\0{v}" for k, v in sorted(seen.items()) if k not in ignored).encode()).hexdigest()[:16]
+
+
+def _source(module: str) -> Path | None:
+    if module.split(".")[0] not in ROOMS:
+        return None
+    base = PROJECT.joinpath(*module.split("."))
+    path = base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
+    return path if path.exists() else None
+
+
+def _current(root: Path, model: str) -> str | None:
+    try:
+        return artifacts.resolve(root, model, "").hash
+    except MissingInputError:
+        return None
+
+
+def _raw_listing(ctx: Context) -> list[list[Any]]:
+    """Raw files by name and size. Simulated ones follow from the configuration."""
+    if ctx.cfg.data.source == "simulator":
+        return []
+    return [[str(p.relative_to(ctx.raw_path())), p.stat().st_size] for p in sorted(ctx.raw_path().rglob("*")) if p.is_file()]
+
+
+def _peak_mib() -> float:
+    import resource
+
+    own, children = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return max(own, children) / 1024

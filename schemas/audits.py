@@ -1,0 +1,21 @@
+"""What was checked, what was found, whether it passed."""
+
+from schemas.base import BOOL, DOUBLE, STRING, Column, Table
+
+TABLE = Table(
+    name="audits",
+    version="1.0",
+    grain="one check of one run",
+    key=("run_id", "stage", "audit", "subject"),
+    columns=(
+        Column("run_id", STRING, "run"),
+        Column("stage", STRING, "stage that was audited"),
+        Column("audit", STRING, "reconciliation, sid_health, position, leakage, reward_hacking, traces, suite"),
+        Column("subject", STRING, "what the figure is of"),
+        Column("value", DOUBLE, "figure", nullable=True),
+        Column("low", DOUBLE, "smallest value that passes", nullable=True),
+        Column("high", DOUBLE, "largest value that passes", nullable=True),
+        Column("passed", BOOL, "whether it did"),
+        Column("detail", STRING, "in words"),
+    ),
+)

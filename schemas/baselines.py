@@ -1,0 +1,17 @@
+"""Baseline orders in the form of rerank_scores."""
+
+from schemas.base import STRING, Column, Table, list_of
+
+TABLE = Table(
+    name="baselines",
+    version="1.0",
+    grain="one request and baseline",
+    key=("request_id", "model"),
+    partition_by=("model",),
+    columns=(
+        Column("request_id", STRING, "request"),
+        Column("model", STRING, "baseline", values=("prerank", "random", "popularity", "transition", "lambdamart", "oracle")),
+        Column("split", STRING, "as in candidates", values=("valid", "test")),
+        Column("new_order", list_of(STRING), "candidate ids, best first"),
+    ),
+)

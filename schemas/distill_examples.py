@@ -1,0 +1,19 @@
+"""The best model's orders and label log-probabilities, to be imitated without thinking."""
+
+from schemas.base import FLOAT, LONG, STRING, Column, Table, list_of
+
+TABLE = Table(
+    name="distill_examples",
+    version="1.0",
+    grain="one request and replica",
+    key=("example_id",),
+    columns=(
+        Column("example_id", STRING, "request and replica"),
+        Column("request_id", STRING, "request"),
+        Column("source_model", STRING, "model imitated, with its hash"),
+        Column("prompt", STRING, "rendered prompt, direct mode"),
+        Column("order", list_of(STRING), "labels, best first"),
+        Column("label_logprobs", list_of(FLOAT), "log-probability of each label of `order` at the first answer position"),
+        Column("ordinal", LONG, "order of reading"),
+    ),
+)

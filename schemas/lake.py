@@ -1,0 +1,59 @@
+"""Delta tables without a JVM: what trainers, evaluation in memory, `gr2 sql` and analysts read with."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.dataset as ds
+from deltalake import DeltaTable
+
+import schemas
+from gr2.errors import MissingInputError
+from gr2.pipeline import builder_of
+
+
+class Lake:
+    """The tables under `root`, each at its latest version, or at the pinned one."""
+
+    def __init__(self, root: Path, pins: dict[str, int] | None = None) -> None:
+        self.root = root
+        self.pins = pins or {}
+
+    def path(self, name: str) -> Path:
+        """Folder of a table."""
+        schemas.get(name)
+        return self.root / "tables" / name
+
+    def exists(self, name: str) -> bool:
+        """Whether the table was ever published."""
+        return (self.path(name) / "_delta_log").is_dir()
+
+    def open(self, name: str) -> DeltaTable:
+        """The table. Raises MissingInputError naming the stage that builds it."""
+        if not self.exists(name):
+            raise MissingInputError(f"table {name!r} does not exist under {self.root}: run `gr2 stage {builder_of(name)}` first")
+        return DeltaTable(self.path(name), version=self.pins.get(name))
+
+    def version(self, name: str) -> int:
+        """Version that `read` gives."""
+        return self.open(name).version()
+
+    def dataset(self, name: str) -> ds.Dataset:
+        """The table as an Arrow dataset, for DuckDB and for streaming."""
+        return self.open(name).to_pyarrow_dataset()
+
+    def read(self, name: str, columns: list[str] | None = None, order_by: Iterable[str] = (), **equals: Any) -> pa.Table:
+        """Rows whose columns equal the given values, sorted: delta-rs promises no order of rows, so say `order_by` where it matters.
+
+        `read("item_pairs", ["item_id", "weight"], order_by=["item_id"], fit="train")`. A list as a value means membership.
+        """
+        where = None
+        for column, value in equals.items():
+            term = ds.field(column).isin(value) if isinstance(value, (list, tuple, set)) else ds.field(column) == value
+            where = term if where is None else where & term
+        wanted = None if columns is None else list(dict.fromkeys([*columns, *order_by]))
+        table = self.dataset(name).to_table(columns=wanted, filter=where)
+        if order_by:
+            table = table.sort_by([(c, "ascending") for c in order_by])
+        return table if columns is None else table.select(columns)

@@ -1,0 +1,21 @@
+"""Accepted traces as training texts."""
+
+from schemas.base import LONG, STRING, Column, Table
+
+TABLE = Table(
+    name="sft_examples",
+    version="1.0",
+    grain="one training text",
+    key=("example_id",),
+    columns=(
+        Column("example_id", STRING, "sample and mode"),
+        Column("sample_id", STRING, "accepted sample"),
+        Column("request_id", STRING, "request"),
+        Column("mode", STRING, "think: with the thought; direct: with an empty one", values=("think", "direct")),
+        Column("source", STRING, "sampling mode of the trace", values=("targeted", "rejection")),
+        Column("prompt", STRING, "rendered prompt"),
+        Column("reasoning", STRING, "thought, with its tags; weighs sft.reasoning_weight"),
+        Column("answer", STRING, "JSON list of labels; weighs sft.answer_weight"),
+        Column("ordinal", LONG, "order of reading: by hash of example_id"),
+    ),
+)

@@ -1,0 +1,64 @@
+"""The Spark session that every job shares, and reading Delta tables through it."""
+
+import os
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+from pyspark.sql import DataFrame, SparkSession
+
+from gr2.config import Config
+from gr2.context import Context
+from gr2.environment import JARS
+from gr2.errors import EnvironmentProblem
+
+
+def get_session(cfg: Config, root: Path) -> SparkSession:
+    """The session of this process, started if there is none. Raises EnvironmentProblem if the Delta jars are not there.
+
+    The C1 compiler and the serial collector halve the start of small jobs; a profile for heavy ones overrides them in spark.extra.
+    """
+    jars = sorted(JARS.glob("*.jar"))
+    if not jars:
+        raise EnvironmentProblem("the Delta jars are missing: run `make setup`")
+    os.environ["PYSPARK_PYTHON"] = os.environ["PYSPARK_DRIVER_PYTHON"] = sys.executable  # else workers take another Python
+    local = root / "tmp"
+    local.mkdir(parents=True, exist_ok=True)
+    partitions = str(cfg.spark.shuffle_partitions)
+    settings = {
+        "spark.driver.extraClassPath": ":".join(str(j) for j in jars),
+        "spark.sql.extensions": "io.delta.sql.DeltaSparkSessionExtension",
+        "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
+        "spark.ui.enabled": "false",
+        "spark.ui.showConsoleProgress": "false",
+        "spark.driver.bindAddress": "127.0.0.1",
+        "spark.driver.host": "127.0.0.1",
+        "spark.driver.memory": cfg.spark.driver_memory,
+        "spark.local.dir": str(local),
+        "spark.sql.warehouse.dir": str(local / "warehouse"),
+        "spark.sql.session.timeZone": "UTC",
+        "spark.sql.shuffle.partitions": partitions,
+        "spark.default.parallelism": partitions,
+        "spark.databricks.delta.snapshotPartitions": "2",
+        "spark.sql.sources.parallelPartitionDiscovery.parallelism": "2",
+        "spark.sql.execution.arrow.pyspark.enabled": "true",
+        "spark.driver.extraJavaOptions": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",
+        **cfg.spark.extra,
+    }
+    builder = SparkSession.builder.master(cfg.spark.master).appName("gr2")
+    for key, value in settings.items():
+        builder = builder.config(key, value)
+    spark = builder.getOrCreate()
+    spark.sparkContext.setLogLevel("ERROR")
+    return spark
+
+
+def read(ctx: Context, name: str) -> DataFrame:
+    """A table at its latest version. Raises MissingInputError naming the stage that builds it."""
+    ctx.lake.open(name)
+    return ctx.spark.read.format("delta").load(str(ctx.table_path(name)))
+
+
+def frame_of(ctx: Context, table: pa.Table) -> DataFrame:
+    """An Arrow table as a Spark frame."""
+    return ctx.spark.createDataFrame(table)

@@ -1,0 +1,64 @@
+"""Great Expectations suites, derived from the contracts in `schemas/`.
+
+The rules of a table are evaluated in one pass over the written rows; its suite then judges the aggregates, so that the gate
+costs one aggregation however many expectations there are (per-row expectations on Spark cost a job each).
+"""
+
+import contextlib
+import io
+import json
+import logging
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from schemas.base import Table
+
+
+def rules(table: Table, partition: dict[str, str] | None = None) -> dict[str, str]:
+    """Rule name -> SQL predicate that every row must meet: laws, nulls, closed value sets, and the partition being replaced."""
+    found = dict(table.laws)
+    for column in table.columns:
+        if not column.nullable:
+            found[f"not_null({column.name})"] = f"{column.name} IS NOT NULL"
+        if column.values:
+            values = ", ".join(f"'{v}'" for v in column.values)
+            found[f"known_value({column.name})"] = f"{column.name} IN ({values})"
+        if pa.types.is_floating(column.type):
+            found[f"finite({column.name})"] = f"NOT isnan({column.name})"
+    for column_name, value in (partition or {}).items():
+        found[f"in_partition({column_name})"] = f"{column_name} = '{value}'"
+    return found
+
+
+def validate(table: Table, observed: dict[str, Any], folder: Path) -> list[str]:
+    """Names of the broken rules, by the table's suite on the aggregates. The outcome is kept as JSON in `folder` for the Data Docs."""
+    import great_expectations as gx
+    import pandas as pd
+
+    frame = pd.DataFrame([{k: float(v) for k, v in observed.items()}])
+    expectations = [
+        gx.expectations.ExpectColumnValuesToBeBetween(
+            column=name, min_value=table.min_rows if name == "rows" else 0, max_value=None if name == "rows" else 0
+        )
+        for name in frame.columns
+    ]
+    with contextlib.redirect_stderr(io.StringIO()):  # progress bars of a one-row frame
+        batch = _context().data_sources.get("aggregates").get_asset("written").get_batch_definition("whole").get_batch({"dataframe": frame})
+        outcome = batch.validate(gx.ExpectationSuite(name=f"{table.name}-{table.version}", expectations=expectations))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{table.name}.json").write_text(json.dumps(outcome.to_json_dict(), indent=1, default=str))
+    return [r.expectation_config.kwargs["column"] for r in outcome.results if not r.success]
+
+
+@cache
+def _context() -> Any:
+    import great_expectations as gx
+
+    logging.getLogger("great_expectations").setLevel(logging.ERROR)
+    context = gx.get_context(mode="ephemeral")
+    context.variables.progress_bars = {"globally": False}
+    context.data_sources.add_pandas(name="aggregates").add_dataframe_asset(name="written").add_batch_definition_whole_dataframe("whole")
+    return context
