@@ -17,9 +17,9 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from gr2 import PROJECT
 from gr2.errors import ConfigError
 
-PROJECT = Path(__file__).resolve().parent.parent
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_+.-]*$")]
@@ -388,7 +388,7 @@ def _siblings(loc: tuple[int | str, ...]) -> list[str]:
     """Valid keys beside the one that was refused."""
     section: Any = Config
     for part in loc[:-1]:
-        field = section.model_fields.get(part) if isinstance(section, type) and issubclass(section, BaseModel) else None
+        field = section.model_fields.get(str(part)) if isinstance(section, type) and issubclass(section, BaseModel) else None
         section = field.annotation if field else None
     return list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []
 

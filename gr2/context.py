@@ -11,11 +11,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gr2 import artifacts
-from gr2.config import Config
 from gr2.errors import ConfigError, InputError
+
+if TYPE_CHECKING:
+    from gr2.config import Config
 
 
 @dataclass
@@ -33,7 +35,7 @@ class Result:
 class Context:
     """Paths, the day, pins, the lake, the Spark session: opened when first used."""
 
-    def __init__(self, cfg: Config, date: dt.date | None = None) -> None:
+    def __init__(self, cfg: "Config", date: dt.date | None = None) -> None:
         self.cfg = cfg
         self.date = date
         self.root = cfg.paths.root if cfg.paths.root.is_absolute() else Path.cwd() / cfg.paths.root

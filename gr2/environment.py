@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from gr2.config import PROJECT
+from gr2 import PROJECT
 
 CACHE = PROJECT / ".cache"
 JARS = CACHE / "jars"

@@ -4,14 +4,15 @@ import ast
 import hashlib
 import importlib
 import json
+import os
 import time
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from gr2 import artifacts
-from gr2.config import PROJECT, Config
+from gr2 import PROJECT, artifacts
+from gr2.config import Config, Training
 from gr2.context import Context, Result, result_json
 from gr2.errors import ConfigError, MissingInputError
 
@@ -175,10 +176,19 @@ def up_to_date(stage: Stage, ctx: Context, print_: str) -> bool:
     return bool(record) and record["fingerprint"] == print_ and tables and all(_current(ctx.root, m) for m in stage.makes)
 
 
+def processes(stage: Stage, cfg: Config) -> int:
+    """How many processes a trainer asks for: the most that any of its sections' trainings names."""
+    sections = [getattr(cfg, name) for name in stage.sections]
+    trainings = [value for section in sections for _, value in section if isinstance(value, Training)]
+    return max((t.processes for t in trainings), default=1)
+
+
 def execute(stage: Stage, cfg: Config, ctx: Context, print_: str) -> Result:
-    """Runs a stage in this process and writes its record. Any GR2Error passes through."""
+    """Runs a stage in this process and writes its record (the first process, where torchrun started several). GR2Errors pass through."""
     started = time.monotonic()
     result: Result = importlib.import_module(stage.module).run(cfg, ctx)
+    if os.environ.get("RANK", "0") != "0":
+        return result
     write_record(
         ctx,
         stage.name,

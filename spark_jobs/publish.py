@@ -33,7 +33,7 @@ RETRIES = 8
 
 
 def publish(ctx: Context, name: str, frame: DataFrame, partition: dict[str, str] | None = None) -> int:
-    """Publishes `frame` as table `name` (or as one of its partitions) and pins the version. Returns rows published; for mode insert, rows added.
+    """Publishes `frame` as table `name` (or as one of its partitions) and pins the version. Returns rows published (insert: added).
 
     Raises AuditError if the frame's columns are not the contract's, or if the written rows break a law, the key or the suite.
     """
@@ -75,7 +75,7 @@ def conform(table: Table, frame: DataFrame) -> DataFrame:
 
 def content_hash(table: Table, frame: DataFrame) -> tuple[int, str]:
     """Rows and an order-free hash of the stable columns: equal for equal content (DESIGN contract 1)."""
-    row = frame.agg(F.count(F.lit(1)).alias("rows"), _hash_of(table)).first()
+    row = frame.agg(F.count(F.lit(1)).alias("rows"), _hash_of(table)).collect()[0]
     return int(row["rows"]), str(row["content"] or 0)
 
 
@@ -88,15 +88,15 @@ def _audit(ctx: Context, table: Table, written: DataFrame, partition: dict[str, 
     aggregates = [F.count(F.lit(1)).alias("rows"), _hash_of(table)]
     for rule, predicate in suites.rules(table, partition).items():
         aggregates.append(F.count_if(~F.coalesce(F.expr(predicate), F.lit(True))).alias(rule))
-    observed = written.agg(*aggregates).first().asDict()
+    observed = written.agg(*aggregates).collect()[0].asDict()
     for columns in (table.key, *table.unique):
         distinct = written.select(*columns).distinct().count()
         observed[f"duplicates({', '.join(columns)})"] = observed["rows"] - distinct
     broken = suites.validate(table, {k: v for k, v in observed.items() if k != "content"}, ctx.root / "docs" / "suites")
     if broken:
         rule = broken[0]
-        predicate = suites.rules(table, partition).get(rule)
-        examples = [r.asDict() for r in written.where(~F.expr(predicate)).limit(3).collect()] if predicate else []
+        wanted = suites.rules(table, partition).get(rule)
+        examples = [r.asDict() for r in written.where(~F.expr(wanted)).limit(3).collect()] if wanted else []
         raise AuditError(
             f"{table.name}: nothing published, {len(broken)} rule(s) broken: "
             + "; ".join(f"{r}: {observed[r]} rows" for r in broken)
@@ -121,7 +121,7 @@ def _ensure(ctx: Context, table: Table) -> DeltaTable:
             builder = builder.property(key, value)
         builder.execute()
     found = DeltaTable.forPath(ctx.spark, path)
-    if table.laws and "delta.constraints.laws" not in found.detail().first()["properties"]:
+    if table.laws and "delta.constraints.laws" not in found.detail().collect()[0]["properties"]:
         predicate = " AND ".join(f"({law})" for law in table.laws.values())  # from the contract, never from input
         ctx.spark.sql("ALTER TABLE delta.`{}` ADD CONSTRAINT laws CHECK ({})".format(path.replace("`", "``"), predicate))
     return found

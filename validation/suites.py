@@ -59,6 +59,5 @@ def _context() -> Any:
 
     logging.getLogger("great_expectations").setLevel(logging.ERROR)
     context = gx.get_context(mode="ephemeral")
-    context.variables.progress_bars = {"globally": False}
     context.data_sources.add_pandas(name="aggregates").add_dataframe_asset(name="written").add_batch_definition_whole_dataframe("whole")
     return context

@@ -1,0 +1,38 @@
+# Two commands: `make demo` sets everything up and runs the whole pipeline on a simulated marketplace; `make test` sets up and tests.
+
+PROFILE ?= demo
+SHELL := /bin/bash
+UV := $(shell command -v uv 2>/dev/null || echo .cache/uv/bin/uv)
+EXTRA := $(shell if [ -e /dev/nvidia0 ]; then echo gpu; else echo cpu; fi)
+RUN := $(UV) run --no-sync
+
+.PHONY: help setup demo run test lint bench clean
+
+help:  ## Say what there is
+	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 12
+
+setup: .cache/ready  ## Install the locked environment and fetch the Delta jars, once
+
+.cache/ready: pyproject.toml uv.lock
+	@bash conf/require.sh
+	@[ -x "$(UV)" ] || command -v uv >/dev/null || (python3 -m venv .cache/uv && .cache/uv/bin/pip install --quiet uv)
+	$(UV) sync --frozen --quiet --extra $(EXTRA)
+	$(RUN) python -m spark_jobs.jars
+	@touch .cache/ready
+
+demo: setup  ## The whole pipeline on a simulated marketplace
+	$(RUN) gr2 run --profile demo
+
+run: setup  ## A profile: make run PROFILE=beauty
+	$(RUN) gr2 run --profile $(PROFILE)
+
+test: setup  ## All tests
+	$(RUN) pytest -q
+
+lint: setup  ## ruff, format and types
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) mypy
+
+clean:  ## Remove what runs wrote under var/
+	rm -rf var

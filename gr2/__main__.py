@@ -1,0 +1,5 @@
+"""`python -m gr2`."""
+
+from gr2.cli import main
+
+main()

@@ -1,0 +1,240 @@
+"""The `gr2` command. Only here are stages run; other rooms are loaded by name when a command needs them."""
+
+import contextlib
+import importlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gr2 import __version__
+from gr2.context import Context, Result, parse_date
+from gr2.environment import checks, set_defaults
+from gr2.errors import ConfigError, EnvironmentProblem, GR2Error
+
+if TYPE_CHECKING:
+    from gr2.pipeline import Stage
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="GR2, the Generative Reasoning Re-ranker: interaction logs in, a better order of candidates out.\n\n"
+    "Start with `gr2 run --profile demo`, then `gr2 report` and `gr2 sql 'select * from metrics'`.\n\n"
+    "Exit codes: 0 done, 2 configuration, 3 input, 4 failed audit, 5 something must be built first, 6 machine, 7 model, 8 engine.",
+)  # fmt: skip
+
+Profile = Annotated[str, typer.Option(help="A profile: a file in conf/.")]
+Date = Annotated[str | None, typer.Option(help="The processed day, YYYY-MM-DD. Without it: all the data there are.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Override a setting: key=value, such as rl.prompts_per_step=8. Repeatable.")]
+
+
+def main() -> None:
+    """Entry point: named errors become one line and an exit code."""
+    set_defaults()
+    try:
+        app(standalone_mode=True)
+    except GR2Error as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+@app.command()
+def run(
+    profile: Profile = "demo",
+    date: Date = None,
+    first: Annotated[str | None, typer.Option("--from", help="First stage. It and the later ones run even if they are up to date.")] = None,
+    last: Annotated[str | None, typer.Option("--to", help="Last stage.")] = None,
+    force: Annotated[bool, typer.Option(help="Run every stage again, even if up to date.")] = False,
+    settings: Set = None,
+) -> None:
+    """Run the stages in order. One whose settings, code and inputs did not change is skipped; a killed run goes on where it stopped."""
+    from gr2 import pipeline
+
+    ctx = _context(profile, settings, date)
+    stages = pipeline.between(first, last)
+    _require_machine(ctx)
+    started, rows = time.monotonic(), []
+    with _lock(ctx):
+        for number, stage in enumerate(stages, 1):
+            fingerprint = pipeline.fingerprint(stage, ctx.cfg, ctx)
+            if not force and first is None and pipeline.up_to_date(stage, ctx, fingerprint):
+                rows.append((stage.name, "up to date", pipeline.read_record(ctx, stage.name)))
+                continue
+            ctx.log(f"[{number}/{len(stages)}] {stage.name}")
+            _run_stage(stage, ctx, settings or [], fingerprint)
+            rows.append((stage.name, "ok", pipeline.read_record(ctx, stage.name)))
+    _summary(ctx, rows, time.monotonic() - started)
+
+
+@app.command()
+def stage(name: str, profile: Profile = "demo", date: Date = None, settings: Set = None) -> None:
+    """Run one stage, up to date or not. What it reads must be there; the message says which stage builds what is missing."""
+    from gr2 import pipeline
+
+    ctx = _context(profile, settings, date)
+    found = pipeline.get(name)
+    if found.trains and pipeline.processes(found, ctx.cfg) > 1 and "RANK" not in os.environ:
+        _spawn(found, ctx, settings or [])
+        return
+    result = pipeline.execute(found, ctx.cfg, ctx, pipeline.fingerprint(found, ctx.cfg, ctx))
+    ctx.log(f"{name}: {_counts(result)}")
+
+
+@app.command()
+def tables(profile: Profile = "demo", settings: Set = None) -> None:
+    """Every table: rows, version, grain, key."""
+    importlib.import_module("schemas.query").print_tables(_context(profile, settings))
+
+
+@app.command()
+def sql(
+    query: str,
+    profile: Profile = "demo",
+    output: Annotated[str, typer.Option("--format", help="table, csv or json.")] = "table",
+    latest: Annotated[bool, typer.Option(help="Read the latest versions instead of the promoted release.")] = False,
+    settings: Set = None,
+) -> None:
+    """Ask the tables with DuckDB: a view for each, at the promoted release; no JVM. Example: gr2 sql "select * from metrics"."""
+    if output not in ("table", "csv", "json"):
+        raise ConfigError(f"--format {output!r}: choose table, csv or json")
+    importlib.import_module("schemas.query").print_query(_context(profile, settings), query, output, latest)
+
+
+@app.command()
+def report(profile: Profile = "demo", settings: Set = None) -> None:
+    """Build the static HTML report again and say where it is."""
+    ctx = _context(profile, settings)
+    importlib.import_module("spark_jobs.report").run(ctx.cfg, ctx)
+    print(ctx.root / "reports" / "index.html")
+
+
+@app.command()
+def release(
+    action: Annotated[str, typer.Argument(help="list, or retire.")] = "list",
+    release_id: str = "",
+    profile: Profile = "demo",
+    settings: Set = None,
+) -> None:
+    """List the releases, or retire one (its pins then no longer hold back maintenance)."""
+    importlib.import_module("spark_jobs.release").manage(_context(profile, settings), action, release_id)
+
+
+@app.command()
+def doctor(profile: Profile = "demo", settings: Set = None) -> None:
+    """Check the machine: Python, Java, compiler, disk, jars."""
+    ctx = _context(profile, settings)
+    found = checks(ctx.root)
+    for check in found:
+        print(f"{'ok ' if check.ok else 'NO '} {check.name:12} {check.found}" + ("" if check.ok else f"  ->  {check.remedy}"))
+    if not all(check.ok for check in found):
+        raise EnvironmentProblem("the machine lacks something: see above")
+
+
+@app.command()
+def airflow(profile: Profile = "demo", port: int = 8080, settings: Set = None) -> None:
+    """Start a local Airflow (SQLite, 127.0.0.1) with the DAGs of this project; Ctrl-C ends it and its children."""
+    importlib.import_module("dags.local").start(_context(profile, settings).root, profile, port)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    print(__version__)
+
+
+# -- running ------------------------------------------------------------------------------------------------------------
+
+
+def _context(profile: str, settings: list[str] | None, date: str | None = None) -> Context:
+    from gr2.config import load
+
+    return Context(load(profile, settings), parse_date(date))
+
+
+def _run_stage(stage: "Stage", ctx: Context, settings: list[str], fingerprint: str) -> None:
+    """Trainers get a process of their own, so that their memory and threads end with them; the rest share one Spark session."""
+    from gr2 import pipeline
+
+    if stage.trains:
+        _spawn(stage, ctx, settings)
+    else:
+        pipeline.execute(stage, ctx.cfg, ctx, fingerprint)
+
+
+def _spawn(stage: "Stage", ctx: Context, settings: list[str]) -> None:
+    from gr2 import pipeline
+
+    count = pipeline.processes(stage, ctx.cfg)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)] if count > 1 else []
+    command = [sys.executable, *launcher, "-m", "gr2", "stage", stage.name, "--profile", ctx.cfg.profile]
+    if ctx.date:
+        command += ["--date", str(ctx.date)]
+    for item in settings:
+        command += ["--set", item]
+    done = subprocess.run(command, cwd=Path.cwd(), check=False)
+    if done.returncode:
+        raise _StageFailed(stage.name, done.returncode)
+
+
+class _StageFailed(GR2Error):
+    def __init__(self, name: str, code: int) -> None:
+        super().__init__(f"stage {name!r} ended with code {code}; its own message is above. Go on with the same command once it is mended")
+        self.exit_code = code if 0 < code < 128 else 1
+
+
+def _require_machine(ctx: Context) -> None:
+    for check in checks(ctx.root):
+        if not check.ok:
+            raise EnvironmentProblem(f"{check.name}: {check.found}. {check.remedy}")
+
+
+@contextlib.contextmanager
+def _lock(ctx: Context) -> Iterator[None]:
+    """One `gr2 run` a root at a time: two would race for the same stage records."""
+    import fcntl
+
+    path = ctx.root / "runs" / "lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(
+                f"another `gr2 run` works under {ctx.root}: wait for it, or give this one its own --set paths.root=..."
+            ) from None
+        yield
+
+
+def _counts(result: Result) -> str:
+    named = {
+        "in": result.rows_in,
+        "out": result.rows_out,
+        "quarantined": result.quarantined,
+        "duplicates": result.duplicates,
+        "tokens": result.tokens,
+    }
+    return ", ".join(f"{value:,} {key}" for key, value in named.items() if value) or "done"
+
+
+def _summary(ctx: Context, rows: list[tuple[str, str, dict[str, object]]], seconds: float) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(title=f"gr2 run --profile {ctx.cfg.profile}: {seconds:.0f} s")
+    for column in ("stage", "status", "rows in", "rows out", "quarantined", "duplicates", "tokens", "seconds", "peak MiB"):
+        table.add_column(column, justify="left" if column in ("stage", "status") else "right")
+    for name, status, record in rows:
+        figures = [record.get(k) or 0 for k in ("rows_in", "rows_out", "quarantined", "duplicates", "tokens", "seconds", "peak_mib")]
+        table.add_row(name, status, *(f"{value:,.0f}" if value else "" for value in figures))
+    console.print(table)
+    if ctx.lake.exists("metrics"):
+        console.print(importlib.import_module("spark_jobs.evaluation").results_table(ctx))
+    if (ctx.root / "reports" / "index.html").exists():
+        console.print(f"report: {ctx.root / 'reports' / 'index.html'}")
