@@ -1,0 +1,110 @@
+"""Promotes the draft release: which table versions and models belong together (DESIGN contract 6).
+
+Reads the draft's pins and the stages' records; writes `stage_runs` (one run of one stage; run_id, stage) and `releases` (one
+release; release_id). A rerun with the same pins finds its release already promoted and changes nothing.
+
+    gr2 stage release --profile demo
+"""
+
+import datetime as dt
+import hashlib
+import json
+import subprocess
+from typing import Any
+
+import pyarrow as pa
+
+import schemas
+from gr2 import PROJECT
+from gr2.config import Config
+from gr2.context import Context, Result
+from gr2.errors import AuditError, InputError
+from gr2.pipeline import STAGES, read_record
+from spark_jobs.publish import publish
+from spark_jobs.session import frame_of
+
+
+def run(cfg: Config, ctx: Context) -> Result:
+    """Publishes the stage records, then the release. Raises AuditError while an audit of this run stands failed."""
+    failed = ctx.lake.read("audits", ["audit", "subject"], run_id=ctx.run_id, passed=False).to_pylist()
+    if failed:
+        raise AuditError(f"not promoted: {len(failed)} failed audit(s), first {failed[0]}")
+    records = stage_rows(ctx)
+    publish(ctx, "stage_runs", frame_of(ctx, _table("stage_runs", records)))
+    release = _release(cfg, ctx)
+    others = [
+        r
+        for r in (ctx.lake.read("releases").to_pylist() if ctx.lake.exists("releases") else [])
+        if r["release_id"] != release["release_id"]
+    ]
+    for row in others:
+        row["status"] = "superseded" if row["status"] == "promoted" else row["status"]
+    publish(ctx, "releases", frame_of(ctx, _table("releases", [*others, release])))
+    ctx.log(f"release {release['release_id']} is promoted")
+    return Result(rows_in=len(records), rows_out=1, detail={"release_id": release["release_id"]})
+
+
+def stage_rows(ctx: Context) -> list[dict[str, Any]]:
+    """The last good run of each stage as rows of `stage_runs`."""
+    rows = []
+    for stage in STAGES:
+        record = read_record(ctx, stage.name)
+        if record and stage.name not in ("release", "report"):
+            columns = (
+                "run_id",
+                "stage",
+                "status",
+                "rows_in",
+                "rows_out",
+                "quarantined",
+                "duplicates",
+                "tokens",
+                "seconds",
+                "peak_mib",
+                "fingerprint",
+            )
+            rows.append({**{c: record[c] for c in columns}, "detail": json.dumps(record["detail"], sort_keys=True, default=str)})
+    return rows
+
+
+def manage(ctx: Context, action: str, release_id: str) -> None:
+    """`gr2 release list` and `gr2 release retire --release-id ID`. Raises InputError for an unknown release or action."""
+    rows = ctx.lake.read("releases", order_by=["promoted_at"]).to_pylist()
+    if action == "retire":
+        if release_id not in {r["release_id"] for r in rows}:
+            raise InputError(f"no release {release_id!r}; there are: {', '.join(r['release_id'] for r in rows)}")
+        for row in rows:
+            row["status"] = "retired" if row["release_id"] == release_id else row["status"]
+        publish(ctx, "releases", frame_of(ctx, _table("releases", rows)))
+    elif action != "list":
+        raise InputError(f"{action!r}: choose list or retire")
+    for row in rows:
+        print(f"{row['release_id']}  {row['status']:10}  {row['profile']:10}  {row['promoted_at']:%Y-%m-%d %H:%M}  {row['run_id']}")
+
+
+def _release(cfg: Config, ctx: Context) -> dict[str, Any]:
+    pins = {**ctx.pins, "tables": {k: v for k, v in ctx.pins.get("tables", {}).items() if k not in ("releases", "stage_runs")}}
+    content = {
+        "pins": json.dumps(pins, sort_keys=True),
+        "code": _commit(),
+        "config_hash": cfg.digest(),
+        "lock_hash": hashlib.sha256((PROJECT / "uv.lock").read_bytes()).hexdigest(),
+        "seed": cfg.seed,
+    }
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+    return {
+        "release_id": digest, "status": "promoted", "profile": cfg.profile, "run_id": ctx.run_id, **content,
+        "promoted_at": dt.datetime.now(dt.UTC),
+    }  # fmt: skip
+
+
+def _commit() -> str:
+    """The code's commit, marked where the tree was changed since; `unknown` outside a repository."""
+    found = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=PROJECT, capture_output=True, text=True, check=False
+    )
+    return found.stdout.strip() or "unknown"
+
+
+def _table(name: str, rows: list[dict[str, Any]]) -> pa.Table:
+    return pa.Table.from_pylist(rows, schema=schemas.get(name).arrow())
