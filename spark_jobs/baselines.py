@@ -1,0 +1,141 @@
+"""Orders that a model must beat, in the form of `rerank_scores`, for the splits valid and test.
+
+Reads: `candidate_features`, `candidates`. Writes: `baselines` (one request and baseline; key request_id, model).
+    prerank      the incoming order                      random       a seeded shuffle: chance level
+    popularity   interactions of the fit                 transition   direct transitions from the last history item, then popularity
+    lambdamart   LightGBM on the same evidence that the models read, trained on the lists of split rerank, picked on valid
+    oracle       the best order of the same candidates: the ceiling
+A rerun is harmless: all of it is seeded and replaced whole.
+
+    gr2 stage baselines --profile P
+"""
+
+import zlib
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+import schemas
+from gr2.config import Config
+from gr2.context import Context, Result
+from gr2.errors import InputError
+from spark_jobs.publish import publish
+from spark_jobs.session import frame_of
+
+FEATURES = (
+    "incoming_rank", "prior_score", "prior_gap", "popularity", "recent", "pair_last", "pair_next", "pair_max", "pair_sum", "lift_max",
+    "pair_gap_days", "same_brand", "category_overlap", "text_similarity", "text_similarity_max", "price_ratio", "days_since_seen",
+)  # fmt: skip
+GRID: tuple[dict[str, Any], ...] = (
+    {"num_leaves": 7, "min_data_in_leaf": 50},
+    {"num_leaves": 15, "min_data_in_leaf": 50},
+    {"num_leaves": 31, "min_data_in_leaf": 100},
+)
+ROUNDS, PATIENCE, PICK_AT = 400, 30, 3
+
+
+def run(cfg: Config, ctx: Context) -> Result:
+    """Computes every configured baseline and publishes them together."""
+    splits = {name: lists(ctx, name) for name in ("valid", "test")}
+    detail: dict[str, Any] = {}
+    scores: dict[str, dict[str, list[np.ndarray]]] = {name: _simple(cfg.seed, rows) for name, rows in splits.items()}
+    if "lambdamart" in cfg.evaluation.baselines:
+        booster, detail = fit_lambdamart(lists(ctx, "rerank"), splits["valid"], cfg.seed)
+        ctx.log(f"lambdamart: {detail}")
+        for name, rows in splits.items():
+            scores[name]["lambdamart"] = [booster.predict(matrix(rows), num_threads=2)] if rows.num_rows else [np.zeros(0)]
+    wanted = ("prerank", *cfg.evaluation.baselines)
+    tables = [order_rows(rows, name, model, *scores[name][model]) for name, rows in splits.items() for model in wanted]
+    published = publish(ctx, "baselines", frame_of(ctx, pa.concat_tables(tables)))
+    return Result(rows_in=sum(rows.num_rows for rows in splits.values()), rows_out=published, detail=detail)
+
+
+def lists(ctx: Context, split: str) -> pa.Table:
+    """The candidates of a split with their features, a request's rows together, in incoming order."""
+    columns = ["request_id", "item_id", "grade", *FEATURES]
+    return ctx.lake.read("candidate_features", columns, order_by=["request_id", "incoming_rank"], split=split)
+
+
+def matrix(rows: pa.Table) -> np.ndarray:
+    """Feature matrix (rows, features), NaN where unknown."""
+    return np.column_stack([rows[c].to_numpy().astype(np.float64) for c in FEATURES])
+
+
+def groups(rows: pa.Table) -> np.ndarray:
+    """Start of each request's rows, and the end of the last: (requests + 1,)."""
+    ids = rows["request_id"].to_numpy()
+    if not len(ids):
+        return np.zeros(1, np.int64)
+    return np.concatenate([[0], np.flatnonzero(ids[1:] != ids[:-1]) + 1, [len(ids)]])
+
+
+def order_rows(rows: pa.Table, split: str, model: str, *scores: np.ndarray) -> pa.Table:
+    """`baselines` rows of one model: each request's candidates by descending scores (the first decides), ties in incoming order."""
+    bounds = groups(rows)
+    request = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
+    order = np.lexsort((rows["incoming_rank"].to_numpy(), *(-s for s in reversed(scores)), request))
+    contract = schemas.get("baselines").arrow()
+    ordered = pa.ListArray.from_arrays(pa.array(bounds, pa.int32()), rows["item_id"].combine_chunks().take(pa.array(order)))
+    n = len(bounds) - 1
+    columns = {
+        "request_id": rows["request_id"].combine_chunks().take(pa.array(bounds[:-1])),
+        "model": pa.array([model] * n, pa.string()),
+        "split": pa.array([split] * n, pa.string()),
+        "new_order": ordered.cast(contract.field("new_order").type),
+    }
+    return pa.table(columns, schema=contract)
+
+
+def _simple(seed: int, rows: pa.Table) -> dict[str, list[np.ndarray]]:
+    """Scores of the baselines that need no training: arrays over candidates, the first one decides."""
+    keys = zip(rows["request_id"].to_pylist(), rows["item_id"].to_pylist(), strict=True)
+    popularity = rows["popularity"].to_numpy()
+    return {
+        "prerank": [-rows["incoming_rank"].to_numpy().astype(np.float64)],
+        "random": [np.array([zlib.crc32(f"{seed}\0{request}\0{item}".encode()) for request, item in keys], np.float64)],
+        "popularity": [popularity],
+        "transition": [rows["pair_next"].to_numpy(), popularity],
+        "oracle": [rows["grade"].to_numpy().astype(np.float64)],
+    }
+
+
+def fit_lambdamart(train: pa.Table, valid: pa.Table, seed: int) -> tuple[Any, dict[str, Any]]:
+    """LambdaMART (Burges 2010, as LightGBM has it) on the requests with a positive; size and rounds by NDCG@3 on `valid`.
+
+    Returns the booster and what was picked, with each feature's share of the gain. Raises InputError if there is nothing to learn from.
+    """
+    import lightgbm
+
+    train, valid = _with_positive(train), _with_positive(valid)
+    if not train.num_rows or not valid.num_rows:
+        raise InputError("no list of split rerank or valid holds its target: LambdaMART cannot learn; take it out of evaluation.baselines")
+    data = lightgbm.Dataset(
+        matrix(train), train["grade"].to_numpy(), group=np.diff(groups(train)), feature_name=list(FEATURES), free_raw_data=False
+    )
+    held = data.create_valid(matrix(valid), valid["grade"].to_numpy(), group=np.diff(groups(valid)))
+    best: tuple[float, Any, dict[str, Any]] | None = None
+    for choice in GRID:
+        settings = {
+            **choice, "objective": "lambdarank", "metric": "ndcg", "eval_at": [PICK_AT], "learning_rate": 0.05, "verbosity": -1,
+            "deterministic": True, "force_row_wise": True, "num_threads": 2, "seed": seed, "feature_pre_filter": False,
+        }  # fmt: skip
+        stop = lightgbm.early_stopping(PATIENCE, verbose=False)
+        booster = lightgbm.train(settings, data, ROUNDS, valid_sets=[held], valid_names=["valid"], callbacks=[stop])
+        value = booster.best_score["valid"][f"ndcg@{PICK_AT}"]
+        if best is None or value > best[0]:
+            best = (value, booster, choice)
+    assert best is not None
+    value, booster, choice = best
+    gain = booster.feature_importance("gain")
+    shares = {name: round(float(g / max(gain.sum(), 1e-12)), 4) for name, g in zip(FEATURES, gain, strict=True)}
+    picked = {**choice, "rounds": booster.best_iteration, f"valid_ndcg@{PICK_AT}": round(value, 6), "requests": len(groups(train)) - 1}
+    return booster, {**picked, "gain": dict(sorted(shares.items(), key=lambda kv: -kv[1]))}
+
+
+def _with_positive(rows: pa.Table) -> pa.Table:
+    bounds = groups(rows)
+    if not rows.num_rows:
+        return rows
+    positive = np.add.reduceat(rows["grade"].to_numpy() > 0, bounds[:-1]) > 0
+    return rows.filter(pa.array(np.repeat(positive, np.diff(bounds))))

@@ -1,0 +1,74 @@
+"""Each baseline is the order it says it is; LambdaMART learns what is learnable and reruns equal."""
+
+import numpy as np
+import pytest
+from rerank_world import candidate_rows, evidence, put
+
+import schemas
+from gr2.errors import InputError
+from spark_jobs import baselines
+from spark_jobs.features import with_features
+from spark_jobs.publish import publish
+from spark_jobs.session import read
+
+pytestmark = pytest.mark.spark
+
+
+def prepared(ctx, hit: float = 0.8):
+    """A world whose targets follow a pair from the last history item: learnable from the evidence."""
+    rng = np.random.default_rng(3)
+    evidence(ctx, rng, 24)
+    requests = [r for split, n in (("rerank", 120), ("valid", 40), ("test", 40)) for r in candidate_rows(rng, 24, split, n, hit=hit)]
+    pairs = {(p["fit"], p["item_id"], p["next_item_id"]): p["weight"] for p in ctx.lake.read("item_pairs").to_pylist()}
+    for request in requests:
+        if request["target_rank"]:
+            weights = [pairs.get((request["fit"], request["history_ids"][-1], c), 0.0) for c in request["candidate_ids"]]
+            place = int(np.argmax(weights))
+            request.update(target_id=request["candidate_ids"][place], target_rank=place + 1, grades=[int(i == place) for i in range(10)])
+    put(ctx, "candidates", requests)
+    publish(ctx, "candidate_features", with_features(ctx, read(ctx, "candidates")))
+    return {r["request_id"]: r for r in requests}
+
+
+def test_baselines_are_the_orders_that_they_say(ctx):
+    requests = prepared(ctx)
+    result = baselines.run(ctx.cfg, ctx)
+    rows = ctx.lake.read("baselines").to_pylist()
+    assert result.rows_out == len(rows) == 80 * 6
+    features = {(f["request_id"], f["item_id"]): f for f in ctx.lake.read("candidate_features").to_pylist()}
+    first = {}
+    for row in rows:
+        request = requests[row["request_id"]]
+        assert sorted(row["new_order"]) == sorted(request["candidate_ids"]), "every baseline is a permutation"
+        own = [features[row["request_id"], i] for i in row["new_order"]]
+        first.setdefault(row["model"], []).append(own[0]["grade"])
+        if row["model"] == "prerank":
+            assert row["new_order"] == request["candidate_ids"]
+        if row["model"] == "popularity":
+            assert [f["popularity"] for f in own] == sorted((f["popularity"] for f in own), reverse=True)
+        if row["model"] == "transition":
+            keys = [(f["pair_next"], f["popularity"], -f["incoming_rank"]) for f in own]
+            assert keys == sorted(keys, reverse=True)
+        if row["model"] == "oracle":
+            assert own[0]["grade"] == int(request["target_rank"] is not None)
+    orders = {(r["model"], tuple(r["new_order"])) for r in rows}
+    assert sum(m == "random" and list(o) != sorted(o) for m, o in orders) > 70
+    hits = {model: np.mean(grades) for model, grades in first.items()}
+    assert hits["lambdamart"] > hits["prerank"] + 0.2, hits
+    assert hits["oracle"] >= hits["lambdamart"]
+    assert result.detail["gain"]["pair_last"] == max(result.detail["gain"].values())
+
+    version = ctx.lake.version("baselines")
+    baselines.run(ctx.cfg, ctx)
+    assert ctx.lake.version("baselines") == version, "a rerun changes nothing"
+
+
+def test_no_label_is_a_feature():
+    columns = set(schemas.get("candidate_features").names())
+    assert set(baselines.FEATURES) == columns - {"request_id", "split", "item_id", "pair_item", "grade"}
+
+
+def test_lambdamart_without_a_positive_is_refused(ctx):
+    prepared(ctx, hit=0.0)
+    with pytest.raises(InputError, match=r"evaluation\.baselines"):
+        baselines.run(ctx.cfg, ctx)
