@@ -40,7 +40,7 @@ COLUMNS = frozenset(
     | {"same_brand", "category_overlap", "text_similarity", "text_similarity_max", "price_ratio", "days_since_seen"}
 )
 BY_PLACE = ("incoming_rank", "prior_score", "prior_gap")  # belong to a place in the incoming order, not to the item in it
-_WORD = re.compile(r"[a-z]+[A-Z][a-z]+")
+WORD = re.compile(r"[a-z]+[A-Z][a-z]+")  # the shape of every evidence word
 _FIELDS = {
     "history_line": {"line", "sid", "text", "age", "days"},
     "candidate_line": {"sid", "text", "evidence", "after", "label"},
@@ -144,7 +144,7 @@ class Feature(Section):
     def _consistent(self) -> "Feature":
         if len(self.at) != len(self.words) or list(self.at) != sorted(set(self.at)):
             raise ValueError("`at` must rise and have one threshold a word")
-        if bad := [w for w in (*self.words, *filter(None, [self.best])) if not _WORD.fullmatch(w)]:
+        if bad := [w for w in (*self.words, *filter(None, [self.best])) if not WORD.fullmatch(w)]:
             raise ValueError(f"words must be letters like nextLow, so that none is ordinary English: {', '.join(bad)}")
         return self
 
@@ -288,10 +288,12 @@ def evidence_of(view: View, template: Template | None = None) -> list[dict[str, 
 
 
 def evidence_words(view: View, template: Template | None = None) -> list[str]:
-    """What a thought may cite: labels ("C"), evidence words ("nextBest"), and which word is true of which label ("C:nextBest"). Sorted."""
+    """What a thought may cite: labels ("C"), words of the prompt ("nextBest", "dayWeek"), claims ("C:nextBest" holds). Sorted."""
+    template = template or load_template()
     said = evidence_of(view, template)
+    ages = {template.ages.words[level - 1] for item in view.history if (level := template.ages.level(item.days_ago))}
     claims = {f"{label}:{word}" for label, words in zip(view.labels, said, strict=True) for word in words.values()}
-    return sorted(set(view.labels) | {w for words in said for w in words.values()} | claims)
+    return sorted(set(view.labels) | ages | {w for words in said for w in words.values()} | claims)
 
 
 def compose_thought(
