@@ -144,7 +144,7 @@ def parse_date(text: str | None) -> dt.date | None:
     """A day from the command line. Raises InputError unless it is a real YYYY-MM-DD."""
     if text is None:
         return None
-    if not re.fullmatch(r"\d{4}-\d{2}-\d{2}", text):
+    if not re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", text):
         raise InputError(f"--date {text!r}: write YYYY-MM-DD")
     try:
         return dt.date.fromisoformat(text)

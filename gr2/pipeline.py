@@ -164,6 +164,8 @@ def fingerprint(stage: Stage, cfg: Config, ctx: Context) -> str:
         "tables": {t: ctx.lake.version(t) if ctx.lake.exists(t) else None for t in stage.reads},
         "models": {m: _current(ctx.root, m) for m in stage.uses},
     }
+    if "prompt" in stage.sections:
+        parts["template"] = hashlib.sha256((PROJECT / "conf" / "prompts" / f"{cfg.prompt.template}.yaml").read_bytes()).hexdigest()
     if not stage.reads:
         parts["raw"] = _raw_listing(ctx)
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

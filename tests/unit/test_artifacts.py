@@ -1,0 +1,65 @@
+"""Published folders: whole or not at all, equal content is one version, refused file types never get in."""
+
+import json
+
+import pytest
+
+from gr2.artifacts import names, publish_folder, resolve
+from gr2.errors import MissingInputError, ModelError
+
+pytestmark = pytest.mark.unit
+
+
+def put(root, text: str, name: str = "m") -> None:
+    with publish_folder(root, name, {"seed": 1}) as folder:
+        (folder / "config.json").write_text(text)
+        (folder / "metrics.jsonl").write_text("curves are not content")
+
+
+def test_a_published_model_resolves_with_its_manifest(tmp_path):
+    put(tmp_path, "a")
+    found = resolve(tmp_path, "m", "midtrain")
+    assert found.id == f"m@{found.hash}"
+    assert found.manifest["seed"] == 1
+    assert names(tmp_path) == ["m"]
+
+
+def test_equal_content_keeps_the_version_and_changed_content_keeps_the_old_one_readable(tmp_path):
+    put(tmp_path, "a")
+    first = resolve(tmp_path, "m", "s")
+    put(tmp_path, "a")
+    assert resolve(tmp_path, "m", "s").hash == first.hash
+    put(tmp_path, "b")
+    second = resolve(tmp_path, "m", "s")
+    assert second.hash != first.hash
+    assert (resolve(tmp_path, "m", "s", first.hash).path / "config.json").read_text() == "a"
+
+
+def test_a_failure_while_writing_publishes_nothing(tmp_path):
+    put(tmp_path, "a")
+    with pytest.raises(FileNotFoundError), publish_folder(tmp_path, "m", {}) as folder:  # noqa: PT012
+        (folder / "config.json").write_text("half")
+        (folder / "absent.json").read_text()
+    assert (resolve(tmp_path, "m", "s").path / "config.json").read_text() == "a"
+    assert sorted(p.name for p in (tmp_path / "models" / "m").iterdir() if p.name.startswith(".draft")) == []
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "weights.pt", "vocab.pkl", "modeling.py"])
+def test_file_types_that_can_run_code_are_refused(tmp_path, name):
+    with pytest.raises(ModelError, match=name), publish_folder(tmp_path, "m", {}) as folder:  # noqa: PT012
+        (folder / name).write_bytes(b"x")
+    with pytest.raises(MissingInputError):
+        resolve(tmp_path, "m", "midtrain")
+
+
+def test_what_is_missing_names_the_stage(tmp_path):
+    with pytest.raises(MissingInputError, match="gr2 stage midtrain"):
+        resolve(tmp_path, "m", "midtrain")
+    put(tmp_path, "a")
+    with pytest.raises(MissingInputError, match="pinned"):
+        resolve(tmp_path, "m", "midtrain", "0" * 12)
+
+
+def test_the_manifest_is_json(tmp_path):
+    put(tmp_path, "a")
+    assert json.loads((resolve(tmp_path, "m", "s").path / "manifest.json").read_text())["name"] == "m"

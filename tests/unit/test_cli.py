@@ -1,0 +1,81 @@
+"""The command as a user meets it: help is quick and teaches, failures are one line and a code."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+
+from gr2.config import load
+from gr2.context import Context, parse_date
+from gr2.errors import ConfigError, InputError
+
+pytestmark = pytest.mark.unit
+
+
+def gr2(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "gr2", *words], capture_output=True, text=True, env={**os.environ, **variables}, check=False
+    )
+
+
+def test_help_names_every_command_and_loads_nothing_heavy():
+    shown = gr2("--help")
+    assert shown.returncode == 0
+    for command in ("run", "stage", "tables", "sql", "report", "release", "doctor", "airflow"):
+        assert re.search(rf"\b{command}\b", shown.stdout)
+    loaded = subprocess.run([sys.executable, "-X", "importtime", "-m", "gr2", "--help"], capture_output=True, text=True, check=False).stderr
+    assert not re.search(r"\b(pydantic|torch|pyspark|pyarrow|duckdb|pandas|numpy)\b", loaded)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (("run", "--profile", "dmo"), 2, "did you mean 'demo'"),
+        (("stage", "rll"), 2, "no stage 'rll'"),
+        (("run", "--set", "rl.grup=1"), 2, "did you mean 'group'"),
+        (("stage", "events", "--date", "2026-02-30"), 3, "not a day"),
+        (("stage", "events", "--date", "yesterday"), 3, "YYYY-MM-DD"),
+        (("sql", "SELECT 1", "--format", "xml"), 2, "choose table, csv or json"),
+    ],
+)
+def test_a_failure_is_one_line_and_its_code(words, code, message, tmp_path):
+    done = gr2(*words)
+    assert (done.returncode, len(done.stderr.strip().splitlines())) == (code, 1), done.stderr
+    assert message in done.stderr
+
+
+def test_a_missing_java_is_named(tmp_path):
+    done = gr2("doctor", "--set", f"paths.root={tmp_path}", JAVA_HOME=str(tmp_path))
+    assert done.returncode == 6
+    assert "install Java 17" in done.stdout
+
+
+def test_two_runs_under_one_root_do_not_race(tmp_path):
+    from gr2.cli import _lock
+
+    ctx = Context(load("demo", [f"paths.root={tmp_path}"]))
+    with _lock(ctx), pytest.raises(ConfigError, match="another `gr2 run`"), _lock(ctx):
+        pass
+
+
+def test_work_folders_stay_under_the_root(ctx):
+    assert ctx.work("rl", "x").is_relative_to(ctx.root.resolve())
+    with pytest.raises(InputError, match="leaves the data root"):
+        ctx.work("..", "..", "elsewhere")
+
+
+def test_dates_are_days_of_the_calendar():
+    assert str(parse_date("2024-02-29")) == "2024-02-29"
+    for text in ("2023-02-29", "2024-1-1", "2024-01-01; rm", "", "\uff12024-01-01"):
+        with pytest.raises(InputError):
+            parse_date(text)
+
+
+def test_progress_reaches_a_log_that_is_no_terminal(ctx, monkeypatch):
+    clock = iter(range(0, 1000, 20))
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    assert list(ctx.track(range(2), "reading", total=2)) == [0, 1]
+    assert "reading: 1/2" in (ctx.root / "logs" / "gr2.log").read_text()

@@ -1,0 +1,82 @@
+"""Profiles: every file loads, typos are named, overrides reach their place, nothing is accepted silently."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel
+
+from gr2.config import Config, load, profiles
+from gr2.errors import ConfigError
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.mark.parametrize("profile", profiles())
+def test_every_profile_loads_and_says_how_to_run_it(profile):
+    from gr2 import PROJECT
+
+    assert load(profile).profile == profile
+    assert f"--profile {profile}" in (PROJECT / "conf" / f"{profile}.yaml").read_text().split("\n\n")[0]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rl.grup=4", "rl.grup: unknown key: did you mean 'group'"),
+        ("rl.student.stepps=4", "did you mean 'max_steps'"),
+        ("paths.rot=x", "did you mean 'root'"),
+        ("tokeniser.codes=4", "did you mean 'tokenizer'"),
+        ("rl.group=many", "rl.group"),
+        ("rl.group=0", "greater than 0"),
+        ("candidates.n=21", "at most 20"),
+        ("candidates.n=10 ", None),
+        ("seed", "write key=value"),
+        ("seed.x=1", "seed: Input should be a valid integer"),
+        ("profile.x=1", "'profile' is a value"),
+        ("__class__.x=1", "__class__: unknown key"),
+        ("a b=1", "write key=value"),
+    ],
+)
+def test_a_wrong_override_is_named(override, message):
+    if message is None:
+        assert load("demo", [override]).candidates.n == 10
+        return
+    with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
+        load("demo", [override, "candidates.beam=30"])
+
+
+def test_an_unknown_profile_names_the_nearest():
+    with pytest.raises(ConfigError, match="did you mean 'demo'"):
+        load("dmeo")
+    with pytest.raises(ConfigError, match="no profile"):
+        load("../../etc/passwd")
+
+
+@given(st.text(max_size=30))
+def test_no_override_text_does_more_than_fail_by_name(text):
+    try:
+        assert isinstance(load("demo", [text]), Config)
+    except ConfigError:
+        pass
+
+
+def test_the_variable_gives_the_data_folder_and_the_override_wins(monkeypatch, tmp_path):
+    monkeypatch.setenv("GR2_DATA", str(tmp_path))
+    assert load("demo").data.path == tmp_path
+    assert str(load("demo", ["data.path=/elsewhere"]).data.path) == "/elsewhere"
+
+
+def test_digest_follows_content_not_place():
+    base = load("demo")
+    assert base.digest() == load("demo", ["paths.root=/elsewhere"]).digest()
+    assert base.digest("rl") != load("demo", ["rl.group=4"]).digest("rl")
+    assert base.digest("sft") == load("demo", ["rl.group=4"]).digest("sft")
+
+
+def test_no_section_has_more_than_25_settings_and_all_are_frozen():
+    for name, field in Config.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            assert len(section.model_fields) <= 25, name
+    with pytest.raises(ValueError, match="frozen"):
+        load("demo").rl.group = 3  # type: ignore[misc]

@@ -1,0 +1,82 @@
+"""The table of stages agrees with the contracts, and a stage is up to date exactly when nothing that decides it changed."""
+
+import json
+
+import pytest
+
+import schemas
+from gr2 import pipeline
+from gr2.config import Config, load
+from gr2.context import Context, Result
+from gr2.errors import ConfigError
+
+pytestmark = pytest.mark.unit
+
+
+def test_every_table_has_one_builder_and_is_built_before_it_is_read():
+    written: set[str] = set()
+    for stage in pipeline.STAGES:
+        assert set(stage.reads) <= written, f"{stage.name} reads what nothing before it writes"
+        for table in stage.writes:
+            assert table in schemas.NAMES
+            assert table == "quarantine" or table not in written, f"{table} has two builders"
+        written |= set(stage.writes)
+    assert written == set(schemas.NAMES)
+
+
+def test_models_are_made_before_they_are_used_and_sections_exist():
+    made: set[str] = set()
+    for stage in pipeline.STAGES:
+        assert set(stage.uses) <= made
+        assert set(stage.sections) <= set(Config.model_fields)
+        made |= set(stage.makes)
+
+
+def test_between_gives_the_stages_from_one_to_another_and_refuses_a_backward_range():
+    assert [s.name for s in pipeline.between("sft", "rl")] == ["sft", "rl_prompts", "rl"]
+    assert len(pipeline.between(None, None)) == len(pipeline.STAGES)
+    with pytest.raises(ConfigError, match="comes after"):
+        pipeline.between("rl", "sft")
+    with pytest.raises(ConfigError, match="no stage 'rll'"):
+        pipeline.get("rll")
+
+
+def test_fingerprint_follows_settings_and_inputs_of_the_stage_alone(ctx):
+    stage = pipeline.get("evidence")
+    before = pipeline.fingerprint(stage, ctx.cfg, ctx)
+    other = load("demo", [f"paths.root={ctx.root}", "rl.group=2"])
+    assert pipeline.fingerprint(stage, other, ctx) == before
+    changed = load("demo", [f"paths.root={ctx.root}", "evidence.window=2"])
+    assert pipeline.fingerprint(stage, changed, ctx) != before
+
+
+def test_code_hash_covers_what_a_stage_imports():
+    hashes = {s.name: pipeline.code_hash(s.module) for s in pipeline.STAGES}
+    assert len(set(hashes.values())) == len(hashes), "two stages hash alike: their modules were not read"
+
+
+def test_execute_keeps_a_record_that_up_to_date_understands(ctx, monkeypatch):
+    stage = pipeline.Stage("probe", "tests.unit.test_pipeline", ("rl",))
+    print_ = pipeline.fingerprint(stage, ctx.cfg, ctx)
+    assert not pipeline.up_to_date(stage, ctx, print_)
+    pipeline.execute(stage, ctx.cfg, ctx, print_)
+    assert pipeline.up_to_date(stage, ctx, print_)
+    assert not pipeline.up_to_date(stage, ctx, "other")
+    assert json.loads((ctx.root / "runs" / "probe.json").read_text())["rows_in"] == 3
+
+
+def test_only_the_first_process_of_several_keeps_a_record(ctx, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    pipeline.execute(pipeline.Stage("probe", "tests.unit.test_pipeline", ()), ctx.cfg, ctx, "x")
+    assert pipeline.read_record(ctx, "probe") == {}
+
+
+def test_processes_are_the_most_that_a_training_names():
+    stage = pipeline.get("rl")
+    assert pipeline.processes(stage, load("demo")) == 1
+    assert pipeline.processes(stage, load("demo", ["rl.teacher.processes=4"])) == 4
+
+
+def run(cfg: Config, ctx: Context) -> Result:
+    """This module stands in for a stage of its own."""
+    return Result(rows_in=3)

@@ -1,0 +1,82 @@
+"""`gr2 sql`, `gr2 tables` and the lake: without a JVM, at the promoted release, reaching nothing but the tables."""
+
+import datetime as dt
+import json
+
+import pyarrow as pa
+import pytest
+from deltalake import write_deltalake
+
+import schemas
+from gr2.errors import InputError, MissingInputError
+from schemas.query import print_query, print_tables, query
+
+pytestmark = pytest.mark.unit
+DAY = dt.date(2026, 1, 1)
+
+
+def put(ctx, name: str, rows: list[dict]) -> None:
+    write_deltalake(ctx.table_path(name), pa.Table.from_pylist(rows, schema=schemas.get(name).arrow()), mode="overwrite")
+
+
+def stats(*items: str) -> list[dict]:
+    return [
+        {"fit": "train", "item_id": i, "count": n, "users": 1, "recent": 1.0, "popularity_rank": 1, "last_date": DAY, "reference_date": DAY}
+        for n, i in enumerate(items, 1)
+    ]
+
+
+def release(version: int) -> dict:
+    return {
+        "release_id": "r", "status": "promoted", "profile": "demo", "run_id": "x", "pins": json.dumps({"tables": {"item_stats": version}}), "code": "c",
+        "config_hash": "h", "lock_hash": "l", "seed": 1, "promoted_at": dt.datetime(2026, 1, 1, tzinfo=dt.UTC),
+    }  # fmt: skip
+
+
+def test_a_query_reads_the_promoted_release_and_latest_the_newest(ctx):
+    put(ctx, "item_stats", stats("a"))
+    put(ctx, "releases", [release(0)])
+    put(ctx, "item_stats", stats("a", "b"))
+    count = "SELECT count(*) AS n FROM item_stats"
+    assert query(ctx, count).to_pylist() == [{"n": 1}]
+    assert query(ctx, count, latest=True).to_pylist() == [{"n": 2}]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "SELECT * FROM read_csv('/etc/passwd')", "SELECT * FROM '/etc/passwd'", "COPY (SELECT 1) TO '/tmp/x.csv'", "INSTALL httpfs",
+        "ATTACH '/tmp/x.db'", "SET enable_external_access = true", "SELECT nonsense", "",
+    ],
+)  # fmt: skip
+def test_a_query_that_reaches_out_or_is_wrong_is_a_named_error(ctx, text):
+    put(ctx, "item_stats", stats("a"))
+    with pytest.raises(InputError, match="the query failed"):
+        query(ctx, text)
+
+
+@pytest.mark.parametrize(("output", "expected"), [("csv", "item_id,count\na,1\n"), ("json", '{"item_id": "a", "count": 1}\n')])
+def test_formats(ctx, capsys, output, expected):
+    put(ctx, "item_stats", stats("a"))
+    print_query(ctx, "SELECT item_id, count FROM item_stats", output, latest=False)
+    assert capsys.readouterr().out.replace("\r", "") == expected
+
+
+def test_tables_lists_every_table_with_rows_of_those_that_exist(ctx, capsys):
+    put(ctx, "item_stats", stats("a", "b"))
+    print_tables(ctx)
+    shown = capsys.readouterr().out
+    assert all(name[:8] in shown for name in schemas.NAMES)
+
+
+def test_the_lake_filters_sorts_and_names_the_builder(ctx):
+    put(ctx, "item_stats", stats("c", "a", "b"))
+    assert ctx.lake.read("item_stats", ["item_id"], order_by=["item_id"])["item_id"].to_pylist() == ["a", "b", "c"]
+    assert ctx.lake.read("item_stats", ["item_id"], item_id=["a", "c"], fit="train", order_by=["count"])["item_id"].to_pylist() == [
+        "c",
+        "a",
+    ]
+    with pytest.raises(MissingInputError, match="gr2 stage evidence"):
+        ctx.lake.read("item_pairs")
+    with pytest.raises(KeyError):
+        ctx.lake.read("../../etc")
