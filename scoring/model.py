@@ -46,7 +46,8 @@ def build_vocabulary(texts: Iterable[str], size: int, sid_tokens: list[str], fol
     """Trains a byte-level BPE of `size` tokens, adds the SID tokens, saves to `folder` and returns the tokenizer.
 
     `texts` should hold the profile's item texts and rendered prompts, so that their words and numbers become single tokens. No text is
-    unknown to it (bytes). <think> and </think> stay in decoded text; <pad>, <bos>, <eos> do not. Raises ModelError where a label is not one token.
+    unknown to it (bytes). <think> and </think> stay in decoded text; <pad>, <bos>, <eos> do not. Raises ModelError where a label is not one
+    token.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -56,9 +57,7 @@ def build_vocabulary(texts: Iterable[str], size: int, sid_tokens: list[str], fol
     core.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     core.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=[PAD, BOS, EOS], initial_alphabet=alphabet, show_progress=False, min_frequency=2
-    )
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=[PAD, BOS, EOS], initial_alphabet=alphabet, show_progress=False)
     core.train_from_iterator((_SID.sub("", text) for text in texts), trainer)
     core.add_tokens([AddedToken(token, normalized=False, special=False) for token in (THINK, END_THINK, *sid_tokens)])
     tokenizer = PreTrainedTokenizerFast(
@@ -205,7 +204,7 @@ def _place_sids(model: Any, tokenizer: Any, vectors: NDArray[np.float32], seed: 
 
 
 def add_dropout(model: Any, share: float) -> None:
-    """Drops values of the embeddings and of what each attention and MLP block adds, while training. Adds no parameter, so exports stay plain."""
+    """Drops values of the embeddings and of what each block adds, while training. Adds no parameter, so exports stay plain."""
     if share <= 0:
         return
 
@@ -232,7 +231,7 @@ def autocast(model: Any, bf16: bool = True) -> AbstractContextManager[Any]:
 
 
 def save(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Writes a Hugging Face folder (safetensors) that loads without our code. Its generation config holds token ids and no sampling default."""
+    """Writes a Hugging Face folder (safetensors) that loads without our code; its generation config holds no sampling default."""
     model.generation_config = _generation_config(tokenizer)
     model.save_pretrained(folder, safe_serialization=True)
     tokenizer.save_pretrained(folder)
