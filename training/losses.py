@@ -1,0 +1,102 @@
+"""The losses of SFT, RL, on-policy distillation and reasoning distillation, as pure functions of log-probabilities.
+
+Shapes: B rows, T tokens of a row, V vocabulary, P prompts, G samples of a prompt, N labels. All log-probabilities are natural and float32.
+"""
+
+import torch
+
+EPSILON = 1e-4  # added to a group's standard deviation, as in TRL's GRPO
+
+
+def token_logprobs(logits_BTV: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
+    """log p(target) at each position, (B, T), without a second copy of the vocabulary axis kept for the backward pass."""
+    chosen_BT = logits_BTV.gather(-1, targets_BT[..., None]).squeeze(-1).float()
+    return chosen_BT - torch.logsumexp(logits_BTV.float(), dim=-1)
+
+
+def sft_loss(logp_BT: torch.Tensor, weights_BT: torch.Tensor) -> torch.Tensor:
+    """`-w_r * sum log p(reasoning) - w_o * sum log p(answer)` (GR2, arXiv 2602.07774), over the sum of the weights.
+
+    `weights_BT` holds w_r on tokens of the thought, w_o on tokens of the answer and 0 elsewhere. Dividing keeps the learning rate's
+    meaning when a batch holds more or fewer answers; a batch without weights gives 0.
+    """
+    return -(weights_BT * logp_BT).sum() / weights_BT.sum().clamp_min(1e-8)
+
+
+def group_advantages(rewards_PG: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(r - mean) / (std + eps)` within each group, and which groups have any variance (DAPO, arXiv 2503.14476, eq. 9 and 11).
+
+    Groups of equal rewards teach nothing: their advantages are 0 and `kept_P` is False, so that the caller can draw others.
+    """
+    spread_P = rewards_PG.std(dim=1, correction=1) if rewards_PG.shape[1] > 1 else torch.zeros(len(rewards_PG))
+    kept_P = spread_P > 1e-6
+    centred_PG = rewards_PG - rewards_PG.mean(dim=1, keepdim=True)
+    return torch.where(kept_P[:, None], centred_PG / (spread_P[:, None] + EPSILON), 0.0), kept_P
+
+
+def overlong_penalty(tokens: int, limit: int, buffer: int) -> float:
+    """Soft overlong punishment of DAPO (eq. 13): 0 up to `limit - buffer` tokens, then falling in a line to -1 at `limit`."""
+    if buffer <= 0 or tokens <= limit - buffer:
+        return 0.0
+    return max(-1.0, (limit - buffer - tokens) / buffer)
+
+
+def truncated_ratio(trainer_logp_BT: torch.Tensor, sampler_logp_BT: torch.Tensor, cap: float) -> torch.Tensor:
+    """min(p_trainer / p_sampler, cap): corrects for the engine that sampled being numerically not the model that trains. No gradient."""
+    return torch.exp(trainer_logp_BT.detach() - sampler_logp_BT).clamp_max(cap)
+
+
+def dapo_loss(
+    logp_BT: torch.Tensor,
+    old_logp_BT: torch.Tensor,
+    advantages_BT: torch.Tensor,
+    mask_BT: torch.Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    correction_BT: torch.Tensor | None = None,
+    tokens: torch.Tensor | float | None = None,
+) -> torch.Tensor:
+    """The clipped surrogate of DAPO (arXiv 2503.14476, eq. 8): token-level normalisation, asymmetric clip, no KL term.
+
+    `loss = -1/M * sum_t c_t * min(r_t A_t, clip(r_t, 1 - clip_low, 1 + clip_high) A_t)` with r_t = exp(logp - old_logp), c_t the truncated
+    trainer-to-sampler ratio (1 without `correction_BT`) and M the tokens of the whole batch: pass `tokens` where the batch is cut into
+    micro-batches, so that the parts add up to the whole.
+    """
+    ratio_BT = torch.exp(logp_BT - old_logp_BT)
+    clipped_BT = ratio_BT.clamp(1.0 - clip_low, 1.0 + clip_high)
+    gain_BT = torch.minimum(ratio_BT * advantages_BT, clipped_BT * advantages_BT)
+    if correction_BT is not None:
+        gain_BT = gain_BT * correction_BT
+    total = mask_BT.sum().clamp_min(1) if tokens is None else tokens
+    return -(gain_BT * mask_BT).sum() / total
+
+
+def opd_advantages(student_logp_BT: torch.Tensor, teacher_logp_BT: torch.Tensor, beta: float, clip: tuple[float, float]) -> torch.Tensor:
+    """`A_t = -beta * (log p_student - log p_teacher)`, clipped (METHOD of GR2's technical report, arXiv 2606.31984): the reverse KL's own
+    policy gradient, one token at a time. High where the teacher likes the token better than the student does. No gradient."""
+    return (-beta * (student_logp_BT - teacher_logp_BT)).detach().clamp(*clip)
+
+
+def soft_label_loss(student_logp_BN: torch.Tensor, teacher_logp_BN: torch.Tensor) -> torch.Tensor:
+    """KL(teacher || student) over the labels at the first answer position, mean over the batch.
+
+    The teacher is renormalised over the labels, the student is not: mass that it puts on anything but a label is paid for.
+    """
+    teacher_BN = torch.log_softmax(teacher_logp_BN.float(), dim=-1)
+    return (teacher_BN.exp() * (teacher_BN - student_logp_BN)).sum(-1).mean()
+
+
+def order_loss(scores_BN: torch.Tensor) -> torch.Tensor:
+    """Plackett-Luce negative log-likelihood of the order in which the labels stand (best first), per label, mean over the batch.
+
+    `scores_BN` are the student's log-probabilities of the labels, in the order to be imitated: choosing the first among all, the second
+    among the rest, and so on.
+    """
+    rest_BN = torch.logcumsumexp(scores_BN.flip(-1), dim=-1).flip(-1)
+    return (rest_BN - scores_BN).mean(-1).mean()
+
+
+def distill_loss(student_logp_BN: torch.Tensor, teacher_logp_BN: torch.Tensor, label_weight: float, order_weight: float) -> torch.Tensor:
+    """Soft labels plus order (METHOD of reasoning distillation): both tensors hold the labels in the teacher's order, best first."""
+    return label_weight * soft_label_loss(student_logp_BN, teacher_logp_BN) + order_weight * order_loss(student_logp_BN)
