@@ -53,8 +53,34 @@ BRANDS = (
     "Kestrel", "Norrland", "Hearth & Vine", "Solace", "Tamarack", "Orbit", "Juniper", "Ferrous", "Blue Anchor", "Maple & Pine", "Lumen", "Aurelia",
     "Granite", "Wren", "Saltworks", "Meridian",
 )  # fmt: skip
-STYLES = ("Compact", "Classic", "Premium", "Ultralight", "Everyday", "Professional", "Travel", "Eco", "Heritage", "Smart", "Soft", "Signature")
-VARIANTS = ("Matte Black", "Ivory", "Forest Green", "Small", "Large", "Set of 2", "Graphite", "Sand", "Limited Edition", "Refill", "Navy", "Copper")
+STYLES = (
+    "Compact",
+    "Classic",
+    "Premium",
+    "Ultralight",
+    "Everyday",
+    "Professional",
+    "Travel",
+    "Eco",
+    "Heritage",
+    "Smart",
+    "Soft",
+    "Signature",
+)
+VARIANTS = (
+    "Matte Black",
+    "Ivory",
+    "Forest Green",
+    "Small",
+    "Large",
+    "Set of 2",
+    "Graphite",
+    "Sand",
+    "Limited Edition",
+    "Refill",
+    "Navy",
+    "Copper",
+)
 
 TYPES = [(d, c, t, p) for d, rows in VOCABULARY.items() for c, t, p in rows]
 _DEPARTMENT = np.array([list(VOCABULARY).index(d) for d, *_ in TYPES])
@@ -122,7 +148,11 @@ class Catalogue:
         chosen: list[int] = []
         for step in (1, 1, 2):
             pool = self._by_type[start + (int(kind) - start + step) % size]
-            pool = [i for i in pool if i not in chosen and i != item] or [i for i in range(len(self)) if i not in chosen and i != item] or [item]
+            pool = (
+                [i for i in pool if i not in chosen and i != item]
+                or [i for i in range(len(self)) if i not in chosen and i != item]
+                or [item]
+            )
             chosen.append(pool[int(np.argmax(rng.random(len(pool)) + 0.5 * (self._attributes[pool, 1] == brand)))])
         return chosen
 

@@ -105,7 +105,9 @@ class Market:
         for number in range(int(requests_U.max(initial=0))):
             user_R = np.flatnonzero(requests_U > number)
             if number:  # mostly the same session goes on, sometimes a new one starts later that day
-                start_U[user_R] += np.where(rng.random(len(user_R)) < 0.7, rng.uniform(300, 900, len(user_R)), rng.uniform(3600, 9000, len(user_R)))
+                start_U[user_R] += np.where(
+                    rng.random(len(user_R)) < 0.7, rng.uniform(300, 900, len(user_R)), rng.uniform(3600, 9000, len(user_R))
+                )
             user_R = user_R[start_U[user_R] < 84600]
             parts += [self._serve(user_R[i : i + BLOCK], number, start_U, rng) for i in range(0, len(user_R), BLOCK)]
         self._overnight()
@@ -243,7 +245,9 @@ class Logger:
         """Lines of the file of this day. Call it for each day in turn."""
         s, rng = self.settings, np.random.default_rng([self.seed, 5, day])
         lines = event_lines(slates, s, day)
-        late, twice, broken, extra = (rng.random(len(lines)) < share for share in (s.late_share, s.duplicate_share, s.malformed_share, 0.002))
+        late, twice, broken, extra = (
+            rng.random(len(lines)) < share for share in (s.late_share, s.duplicate_share, s.malformed_share, 0.002)
+        )
         delay, how = rng.integers(1, 4, size=len(lines)).tolist(), rng.integers(8, size=len(lines)).tolist()
         here = self.pending.pop(day, [])
         for i, line in enumerate(lines):
@@ -305,7 +309,9 @@ def _check_same_market(settings: Simulator, seed: int, folder: Path) -> None:
     card = folder / "simulator.json"
     mine = json.dumps({"seed": seed, **settings.model_dump(exclude={"days"})}, sort_keys=True)
     if card.exists() and card.read_text() != mine:
-        raise ConfigError(f"{folder} holds days of a marketplace with other settings or another seed: choose another paths.root, or delete it")
+        raise ConfigError(
+            f"{folder} holds days of a marketplace with other settings or another seed: choose another paths.root, or delete it"
+        )
     if not card.exists():
         folder.mkdir(parents=True, exist_ok=True)
         card.write_text(mine)
