@@ -1,0 +1,93 @@
+"""The generation engine: one protocol for a model in this process (vLLM), a service (any OpenAI-compatible URL) and the evidence program.
+
+    engine.generate([Ask("r1", prompt, max_tokens=96, temperature=0.7, seed=seed_of("r1", 1))])
+
+One failed request is one `Answer` with an `error`; the others are not touched. An engine that cannot work at all raises EngineError.
+Each ask has a seed of its own, so a sample does not depend on which others were asked with it.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gr2.prompts import View
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request. `prompt` is the whole text that the model goes on from (chat template and prefill included).
+
+    `messages`: the same as chat messages, for services that apply the template themselves. `view` and `target` (an item id; targeted
+    mode only) are what the prompt shows, as data: only a program reads them. `top_p` 1 samples from the model's own distribution.
+    """
+
+    key: str
+    prompt: str
+    max_tokens: int
+    temperature: float
+    seed: int
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    view: View | None = None
+    target: str | None = None
+    messages: tuple[Mapping[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back. `error` is empty where generation succeeded; `finish`: "stop", or "length" where max_tokens cut the text.
+
+    `token_ids` (the end token included) and `logprobs` (log-probability of each under the distribution sampled from) are as long as each
+    other, and empty for engines that have no tokens of their own. `seconds`: this request's share of the wall time. `cost`: in the service's currency.
+    """
+
+    key: str
+    text: str = ""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    prompt_token_ids: tuple[int, ...] = ()
+    seconds: float = 0.0
+    finish: str = "stop"
+    cost: float = 0.0
+    error: str = ""
+
+
+class Engine(Protocol):
+    """What traces, scoring and RL rollouts generate with."""
+
+    @property
+    def name(self) -> str:
+        """Kind and model, such as vllm:rl@ab12 or evidence:1."""
+        ...
+
+    def generate(self, asks: Sequence[Ask]) -> list[Answer]:
+        """One answer an ask, in the same order. Raises EngineError only where the engine as a whole failed."""
+        ...
+
+    def label_logprobs(self, prompts: Sequence[str], labels: Sequence[str]) -> NDArray[np.float32]:
+        """(B, Y) log-probability of each label as the next token of each prompt; a row of NaN where a prompt cannot be read.
+
+        Raises EngineError for an engine without token probabilities.
+        """
+        ...
+
+    def close(self) -> None:
+        """Gives memory and connections back."""
+        ...
+
+
+def seed_of(*parts: Any) -> int:
+    """A seed from 0 to 2^31 - 1 (what every engine takes), equal for equal parts in every process."""
+    return int.from_bytes(hashlib.sha256("\0".join(map(str, parts)).encode()).digest()[:4]) >> 1
+
+
+def failed(ask: Ask, error: BaseException | str, seconds: float = 0.0) -> Answer:
+    """The answer of a request that failed: its error in one line of at most 300 characters."""
+    text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+    return Answer(ask.key, seconds=seconds, finish="error", error=" ".join(text.split())[:300] or "unknown error")
