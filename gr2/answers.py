@@ -6,6 +6,7 @@ The answer is what follows the one thought. An answer inside the thought does no
 """
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -90,8 +91,8 @@ def _list_at(text: str) -> tuple[Any, int]:
 
 def _holds_list(thought: str, labels: Sequence[str]) -> bool:
     """Whether a thought holds a list of any of the labels."""
-    for start in (i for i, char in enumerate(thought) if char == "["):
-        value, _ = _list_at(thought[start:])
+    for found in re.findall(r"\[[^\[\]]*\]", thought):
+        value, _ = _list_at(found)
         if isinstance(value, list) and value and all(isinstance(v, str) and v in labels for v in value):
             return True
     return False

@@ -352,4 +352,5 @@ def vocabulary_texts(template: Template, copies: int = 20) -> list[str]:
     ]
     thought = " ".join(f"{step}." for step in template.thought.values())
     lines = "\n".join(f" {word} {word}, {word}. @{label}" for word, label in zip(words, LABELS * len(words), strict=False))
-    return [*fixed, thought, lines, EMPTY_THOUGHT + format_answer(LABELS)] * copies
+    answers = "\n".join(format_answer(LABELS[start:]) for start in range(len(LABELS)))  # no tag before it: `>["` would become one token
+    return [*fixed, thought, lines, answers] * copies
