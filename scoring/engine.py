@@ -42,7 +42,7 @@ class Answer:
     """What came back. `error` is empty where generation succeeded; `finish`: "stop", or "length" where max_tokens cut the text.
 
     `token_ids` (the end token included) and `logprobs` (log-probability of each under the distribution sampled from) are as long as each
-    other, and empty for engines that have no tokens of their own. `seconds`: this request's share of the wall time. `cost`: in the service's currency.
+    other, and empty for engines that have no tokens of their own. `seconds`: its share of the wall time. `cost`: in the service's currency.
     """
 
     key: str
