@@ -14,13 +14,13 @@ def token_logprobs(logits_BTV: torch.Tensor, targets_BT: torch.Tensor) -> torch.
     return chosen_BT - torch.logsumexp(logits_BTV.float(), dim=-1)
 
 
-def sft_loss(logp_BT: torch.Tensor, weights_BT: torch.Tensor) -> torch.Tensor:
+def sft_loss(logp_BT: torch.Tensor, weights_BT: torch.Tensor, norm: float | None = None) -> torch.Tensor:
     """`-w_r * sum log p(reasoning) - w_o * sum log p(answer)` (GR2, arXiv 2602.07774), over the sum of the weights.
 
     `weights_BT` holds w_r on tokens of the thought, w_o on tokens of the answer and 0 elsewhere. Dividing keeps the learning rate's
-    meaning when a batch holds more or fewer answers; a batch without weights gives 0.
+    meaning when a batch holds more or fewer answers; `norm` is the sum of the whole step, where this is one micro-batch of several.
     """
-    return -(weights_BT * logp_BT).sum() / weights_BT.sum().clamp_min(1e-8)
+    return -(weights_BT * logp_BT).sum() / (norm if norm is not None else weights_BT.sum().clamp_min(1e-8))
 
 
 def group_advantages(rewards_PG: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -32,13 +32,6 @@ def group_advantages(rewards_PG: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     kept_P = spread_P > 1e-6
     centred_PG = rewards_PG - rewards_PG.mean(dim=1, keepdim=True)
     return torch.where(kept_P[:, None], centred_PG / (spread_P[:, None] + EPSILON), 0.0), kept_P
-
-
-def overlong_penalty(tokens: int, limit: int, buffer: int) -> float:
-    """Soft overlong punishment of DAPO (eq. 13): 0 up to `limit - buffer` tokens, then falling in a line to -1 at `limit`."""
-    if buffer <= 0 or tokens <= limit - buffer:
-        return 0.0
-    return max(-1.0, (limit - buffer - tokens) / buffer)
 
 
 def truncated_ratio(trainer_logp_BT: torch.Tensor, sampler_logp_BT: torch.Tensor, cap: float) -> torch.Tensor:

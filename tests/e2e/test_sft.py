@@ -1,0 +1,54 @@
+"""SFT on a tiny model: it learns, weighs what it should, and a rerun gives the same model."""
+
+import json
+
+import pyarrow as pa
+import pytest
+
+from gr2.errors import InputError, MissingInputError
+from scoring.model import encode, load
+from tests.e2e import tiny
+from training import sft
+from training.data import pack, to_batch
+from training.loop import token_logprobs
+
+pytestmark = pytest.mark.e2e
+QUICK = ["sft.student.max_steps=20", "sft.teacher.max_steps=2", "sft.student.lr=5e-3", "sft.student.tokens_per_batch=2048"]
+
+
+def test_sft_learns_the_format_and_a_rerun_gives_the_same_model(make_ctx):
+    ctx = make_ctx(QUICK)
+    tokenizer = tiny.model_named(ctx, "midtrain", "midtrain-teacher")
+    tiny.put(ctx, "sft_examples", tiny.sft_rows(tokenizer, 48))
+    result = sft.run(ctx.cfg, ctx)
+    first = ctx.model("sft", "sft")
+    curve = [json.loads(line) for line in (first.path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in curve] == list(range(1, 21))
+    assert curve[-1]["loss"] < 0.5 * curve[0]["loss"]
+    assert first.manifest["inputs"]["tables"] == {"sft_examples": 0}
+    assert result.tokens > 0
+    sft.run(ctx.cfg, ctx)
+    assert ctx.model("sft", "sft").hash == first.hash
+
+
+def test_the_loss_weighs_thought_and_answer_and_reads_the_prompt(ctx):
+    tokenizer = tiny.model_named(ctx, "midtrain")
+    model, _ = load(ctx.model("midtrain", "midtrain").path)
+    table = pa.Table.from_pylist(tiny.sft_rows(tokenizer, 1))
+    batch = to_batch(pack(sft.to_examples(tokenizer, table, 0.25, 2.0), 512), [0])
+    thought, answer = len(encode(tokenizer, table["reasoning"][0].as_py())), len(encode(tokenizer, table["answer"][0].as_py())) + 1
+    assert sorted(batch.weights_BT.unique().tolist()) == [0.0, 0.25, 2.0]
+    assert [(batch.weights_BT == w).sum().item() for w in (0.25, 2.0)] == [thought, answer]
+    logps = token_logprobs(model, batch)
+    expected = -(0.25 * logps[batch.weights_BT == 0.25].sum() + 2 * logps[batch.weights_BT == 2].sum()) / (0.25 * thought + 2 * answer)
+    assert sft.supervised(model, batch)[0].item() == pytest.approx(expected.item(), rel=1e-5)
+    last = batch.input_ids_BT[batch.weights_BT == 2.0][-1]
+    assert last == tokenizer.eos_token_id
+
+
+def test_missing_and_empty_inputs_are_named(ctx):
+    with pytest.raises(MissingInputError, match="gr2 stage sft_examples"):
+        sft.run(ctx.cfg, ctx)
+    tiny.put(ctx, "sft_examples", [])
+    with pytest.raises(InputError, match="no trace was accepted"):
+        sft.run(ctx.cfg, ctx)

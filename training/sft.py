@@ -1,0 +1,132 @@
+"""Stage `sft`: supervised fine-tuning on accepted traces, in both sizes (METHOD 7; GR2, arXiv 2602.07774).
+
+Reads `sft_examples` (in the order of `ordinal`) and the models `midtrain`, `midtrain-teacher`.
+Writes the models `sft` and `sft-teacher`: Hugging Face folders with metrics.jsonl (a line a step) and manifest.json.
+A rerun is harmless: rows, batches and dropout are seeded, a model is published whole by one rename, and equal weights keep their hash. A
+killed run goes on from its last checkpoint, where `sft.*.checkpoint_every` asks for some.
+
+    gr2 stage sft --profile demo
+"""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from gr2 import artifacts, pipeline
+from gr2.config import Config, Training
+from gr2.context import Context, Result
+from gr2.errors import InputError
+from scoring.model import encode_all, load, save
+from training.data import Batch, Example, batches, pack
+from training.loop import LossFn, Summary, planned_steps, rank, token_logprobs, train, world
+from training.losses import sft_loss
+
+STAGE = "sft"
+
+
+def run(cfg: Config, ctx: Context) -> Result:
+    """Trains the student, then the teacher. Raises MissingInputError, InputError (no examples, or one longer than a row)."""
+    table = ctx.lake.read("sft_examples", ["prompt", "reasoning", "answer"], order_by=["ordinal"])
+    if not table.num_rows:
+        raise InputError("sft_examples is empty: no trace was accepted; look at reasoning_traces, or raise traces.max_attempts")
+    result = Result(rows_in=table.num_rows)
+    sizes = (
+        ("sft", "midtrain", cfg.sft.student, cfg.models.student),
+        ("sft-teacher", "midtrain-teacher", cfg.sft.teacher, cfg.models.teacher),
+    )
+    for name, start, settings, size in sizes:
+        base = ctx.model(start, "midtrain")
+        model, tokenizer = load(base.path, dropout=size.dropout)
+        examples = to_examples(tokenizer, table, cfg.sft.reasoning_weight, cfg.sft.answer_weight)
+        inputs = {"tables": {"sft_examples": ctx.lake.version("sft_examples")}, "models": {start: base.hash}}
+        summary = fit(cfg, ctx, name, model, tokenizer, examples, settings, supervised, inputs)
+        result.tokens += summary.tokens
+        result.rows_out += summary.steps
+        result.detail[name] = {"steps": summary.steps, "loss": round(summary.last_loss, 4)}
+    return result
+
+
+def to_examples(tokenizer: Any, table: pa.Table, reasoning_weight: float, answer_weight: float) -> list[Example]:
+    """Texts as training examples: the prompt is read, the thought and the answer (with the end token) are learned at their weights."""
+    prompts, thoughts, answers = (encode_all(tokenizer, table[column].to_pylist()) for column in ("prompt", "reasoning", "answer"))
+    return [
+        Example(prompt, [(thought, reasoning_weight), ([*answer, tokenizer.eos_token_id], answer_weight)])
+        for prompt, thought, answer in zip(prompts, thoughts, answers, strict=True)
+    ]
+
+
+def supervised(model: Any, batch: Batch) -> tuple[torch.Tensor, dict[str, float | torch.Tensor]]:
+    """The weighted token loss of one micro-batch (its share of the step)."""
+    return sft_loss(token_logprobs(model, batch), batch.weights_BT * batch.learned_BT, batch.norm), {}
+
+
+def fit(
+    cfg: Config,
+    ctx: Context,
+    name: str,
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    settings: Training,
+    loss_fn: LossFn,
+    inputs: dict[str, Any],
+) -> Summary:
+    """Packs, trains with the shared loop, publishes the model `name`; tells the token budget first."""
+    rows = pack(examples, settings.row_tokens, cfg.seed)
+    loader = batches(rows, settings.tokens_per_batch, cfg.seed, rank(), world())
+    steps = planned_steps(loader, settings)
+    budget = steps * settings.accumulation * loader.rows_per_batch * settings.row_tokens
+    ctx.log(f"{name}: {len(examples)} examples in {len(rows)} rows ({rows.fill:.0%} full), {steps} steps, about {budget:,} tokens")
+    manifest = manifest_of(cfg, settings, inputs)
+    with publishing(ctx, name, manifest) as folder:
+        summary = train(
+            model,
+            loader,
+            loss_fn,
+            settings,
+            folder=folder,
+            total_steps=steps,
+            ctx=ctx,
+            checkpoint=ctx.work(name, "checkpoint"),
+            seed=cfg.seed,
+            fingerprint=fingerprint(name, manifest),
+            label=name,
+        )
+        manifest |= {"steps": summary.steps, "tokens": summary.tokens, "examples": len(examples)}
+        if rank() == 0:
+            save(model, tokenizer, folder)
+    ctx.log(f"{name}: loss {summary.last_loss:.4f} after {summary.steps} steps, {summary.tokens:,} tokens, {summary.seconds:.0f} s")
+    return summary
+
+
+def manifest_of(cfg: Config, settings: Training, inputs: dict[str, Any]) -> dict[str, Any]:
+    """What decided a model: its inputs by version and hash, the seed, the settings, the configuration's digest."""
+    return {
+        "inputs": inputs,
+        "seed": cfg.seed,
+        "training": settings.model_dump(mode="json"),
+        "config": cfg.digest(),
+        "profile": cfg.profile,
+    }
+
+
+def fingerprint(name: str, manifest: dict[str, Any], module: str = __name__) -> str:
+    """Hash of what decides a training: a checkpoint, or rollouts, of another fingerprint are not taken up."""
+    decides = {k: manifest[k] for k in ("inputs", "seed", "training")} | {"name": name, "code": pipeline.code_hash(module)}
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
+
+
+@contextlib.contextmanager
+def publishing(ctx: Context, name: str, manifest: dict[str, Any]) -> Iterator[Path]:
+    """The folder that becomes the model `name` on the first process; a folder of no consequence on the others."""
+    if rank() == 0:
+        with artifacts.publish_folder(ctx.root, name, manifest) as folder:
+            yield folder
+    else:
+        yield ctx.work("ranks", str(rank()))
