@@ -97,7 +97,8 @@ def render_texts(
     targets: Sequence[str | None] | None = None,
     filled: bool = True,
 ) -> list[str]:
-    """Prompts as texts that the model goes on from, each within `prompt.max_prompt_tokens`: the oldest history items of longer ones are left out.
+    """Prompts as texts that the model goes on from, each within `prompt.max_prompt_tokens`: longer ones
+    lose their oldest history items.
 
     `filled`: what every completion of the mode begins with is added (`gr2.prompts.prefill`). `targets`: items to name (targeted mode).
     Raises ModelError for a prompt that is too long even without a history.
@@ -128,7 +129,7 @@ def template_of(settings: Prompt, name: str = "") -> Template:
 
 
 def sample(ids: Sequence[str], count: int, seed: int, purpose: str) -> list[str]:
-    """At most `count` of the ids (0: all), those with the smallest seeded hashes: a longer list changes the choice only where it must. Sorted."""
+    """At most `count` of the ids (0: all), those with the smallest seeded hashes, so that a longer list changes little. Sorted."""
     if not count or len(ids) <= count:
         return sorted(ids)
     return sorted(sorted(ids, key=lambda i: (seed_of(purpose, seed, i), i))[:count])
