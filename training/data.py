@@ -26,7 +26,7 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt that is read, and segments of `(token ids, weight of their loss)` that are learned. `extra`: more values, one per learned token."""
+    """A prompt that is read, and segments of `(token ids, weight of their loss)` that are learned. `extra`: values, one per learned token."""
 
     prompt_ids: Sequence[int]
     segments: Sequence[tuple[Sequence[int], float]]
@@ -40,7 +40,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Rows:
-    """Packed rows. `segment_ids`: place of the example in the list given to `pack`; -1: filling. `weights` belong to the token itself, not to the one before."""
+    """Packed rows. `segment_ids`: place of the example in the list given to `pack`; -1: filling. `weights` belong to the token itself."""
 
     input_ids: Ints  # (R, T)
     position_ids: Ints  # (R, T)
@@ -67,8 +67,8 @@ class Rows:
 class Batch:
     """Rows as tensors, one micro-batch of one rank.
 
-    `norm` is what a loss divides its weighted sum by: the sum of the weights of the whole step, over its micro-batches and ranks (the loop sets
-    it). So losses of micro-batches add up to the loss of the step, and accumulation changes nothing.
+    `norm` is what a loss divides its weighted sum by: the sum of the weights of the whole step, over its micro-batches and ranks (the loop
+    sets it). So losses of micro-batches add up to the loss of the step, and accumulation changes nothing.
     """
 
     input_ids_BT: torch.Tensor
@@ -102,14 +102,15 @@ class Batch:
 def pack(examples: Sequence[Example], row_tokens: int, seed: int = 0, *, drop_long: bool = False) -> Rows:
     """Packs examples into rows of `row_tokens`, by best fit over a seeded shuffle; every run gives the same rows.
 
-    Raises InputError naming the first example that is longer than a row, unless `drop_long` (then they are counted in `dropped`), and for no example.
+    Raises InputError for no example, and naming the first that is longer than a row, unless `drop_long` (then `dropped` counts them).
     """
     lengths_E = np.array([example.tokens for example in examples], dtype=np.int64)
     long_E = lengths_E > row_tokens
     if long_E.any() and not drop_long:
         first = int(long_E.argmax())
         raise InputError(
-            f"{int(long_E.sum())} of {len(examples)} examples do not fit a row: example {first} has {lengths_E[first]} tokens, row_tokens is {row_tokens}"
+            f"{int(long_E.sum())} of {len(examples)} examples do not fit a row: "
+            f"example {first} has {lengths_E[first]} tokens, row_tokens is {row_tokens}"
         )
     order = np.random.default_rng(seed).permutation(len(examples))
     order = order[~long_E[order] & (lengths_E[order] > 0)]
@@ -178,7 +179,7 @@ def to_batch(rows: Rows, chosen: Sequence[int] | NDArray[np.integer] | slice) ->
 
 
 class Loader:
-    """An endless stream of batches: epoch after epoch, each in a seeded order of its own; a batch may span two epochs, so all have one size.
+    """An endless stream of batches: epoch after epoch, each in a seeded order of its own; a batch may span two, so all have one size.
 
     Its state is one number, and does not depend on the number of ranks: rank r takes rows r, r + world, ... of each global batch.
     """

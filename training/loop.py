@@ -1,0 +1,355 @@
+"""One training loop for every trainer, on DeepSpeed.
+
+    total = planned_steps(loader, settings)
+    summary = train(model, loader, loss_fn, settings, folder=draft, total_steps=total, ctx=ctx, checkpoint=ctx.work("sft", "checkpoint"), seed=13)
+
+`loss_fn(model, batch) -> (loss, floats)` gives one micro-batch's **share** of the step's loss: its weighted sum over `batch.norm`. Shares, and the
+floats, add up over micro-batches and ranks. Weights stay fp32 and matrix products run in bf16. For RL, `open_engine` gives the same
+engine without the loop: `engine.backward_and_step(loss_fn, micro_batches)`.
+
+One process needs no launcher; several are started by torchrun. Shapes: B rows, T tokens, M learned tokens, D hidden size, V vocabulary.
+"""
+
+import gc
+import itertools
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gr2 import PROJECT
+from gr2.config import Training
+from gr2.environment import set_defaults
+from gr2.errors import ConfigError, ModelError
+from scoring.model import autocast, hidden_states
+from training import checkpoints
+from training.data import Batch, Loader
+
+LossFn = Callable[[Any, Any], tuple[torch.Tensor, dict[str, float | torch.Tensor]]]
+BETAS = (0.9, 0.95)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a training came to. `tokens` counts what was read, filling excluded."""
+
+    steps: int
+    tokens: int
+    seconds: float
+    last_loss: float
+
+
+def planned_steps(loader: Loader, settings: Training) -> int:
+    """Optimizer steps: max_steps, or as many as the epochs give."""
+    return settings.max_steps or loader.steps(settings.epochs, settings.accumulation)
+
+
+def learning_rate(settings: Training, step: int, total: int) -> float:
+    """Linear warm-up, then a cosine down to a tenth. `step` counts from 0."""
+    warmup = max(1, round(settings.warmup * total))
+    if step < warmup:
+        return settings.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    return settings.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+# -- log-probabilities ------------------------------------------------------------------------------------------------
+
+
+def token_logprobs(model: Any, batch: Batch, temperature: float = 1.0, chunk: int = 4096) -> torch.Tensor:
+    """logps_BT: log-probability of each learned token given those before it in its example; 0 where nothing is learned.
+
+    The head runs only at positions whose next token is learned, `chunk` of them at a time.
+    """
+    mask_B1TT = batch.mask_B1TT()
+    hidden_BTD = hidden_states(
+        model, input_ids=batch.input_ids_BT, position_ids=batch.position_ids_BT, attention_mask=mask_B1TT, use_cache=False
+    ).last_hidden_state
+    learned_BT = batch.learned_BT
+    hidden_MD = hidden_BTD[:, :-1][learned_BT[:, 1:]]
+    targets_M = batch.input_ids_BT[learned_BT]
+    head = model.get_output_embeddings()
+    parts = []
+    for start in range(0, len(targets_M), chunk):
+        logits_MV = head(hidden_MD[start : start + chunk]).float() / temperature
+        parts.append(-torch.nn.functional.cross_entropy(logits_MV, targets_M[start : start + chunk], reduction="none"))
+    logps_BT = torch.zeros_like(batch.weights_BT)
+    return logps_BT.masked_scatter(learned_BT, torch.cat(parts)) if parts else logps_BT + 0.0 * hidden_BTD.sum()
+
+
+# -- the engine -------------------------------------------------------------------------------------------------------
+
+
+class _Shell(torch.nn.Module):
+    """Lets a whole loss run inside DeepSpeed's forward, with bf16 matrix products."""
+
+    def __init__(self, model: Any, bf16: bool) -> None:
+        super().__init__()
+        self.model, self.bf16 = model, bf16
+
+    def forward(self, loss_fn: LossFn, batch: Any) -> Any:
+        with autocast(self.model, self.bf16):
+            return loss_fn(self.model, batch)
+
+
+class Engine:
+    """A model under DeepSpeed (ZeRO, clipping, AdamW with fp32 weights). `step` counts finished optimizer steps."""
+
+    def __init__(self, model: Any, settings: Training, total_steps: int, seed: int = 0) -> None:
+        self.model, self.settings, self.total_steps, self.seed, self.step = model, settings, total_steps, seed, 0
+        start_processes()
+        import deepspeed
+
+        config = _deepspeed_config(settings)
+        native = bool(config.get("bf16", {}).get("enabled"))
+        shell = _Shell(model, settings.precision == "bf16" and not native)
+        optimizer = torch.optim.AdamW(_groups(shell, settings.weight_decay), lr=settings.lr, betas=BETAS, fused=settings.zero_stage < 3)
+        self.deepspeed = deepspeed.initialize(model=shell, optimizer=optimizer, config=config, dist_init_required=False)[0]
+        self.average = Average(model, settings.average) if settings.average else None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return torch.device(self.deepspeed.device)
+
+    def backward_and_step(self, loss_fn: LossFn, micro_batches: Sequence[Any]) -> dict[str, float]:
+        """One optimizer step from this rank's micro-batches (as many on every rank).
+
+        Returns loss, grad_norm, lr, tokens, and the loss function's floats, summed over micro-batches and ranks.
+        """
+        self.deepspeed.train()
+        torch.manual_seed(_mix(self.seed, self.step, rank()))  # dropout depends on the step alone, so a resumed run repeats it
+        lr = learning_rate(self.settings, self.step, self.total_steps)
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = lr
+        totals: dict[str, float] = {"loss": 0.0, "tokens": 0.0}
+        for batch, last in zip(_with_norm(micro_batches), [*[False] * (len(micro_batches) - 1), True], strict=True):
+            batch = batch.to(self.device) if isinstance(batch, Batch) else batch
+            self.deepspeed.set_gradient_accumulation_boundary(last)
+            loss, floats = self.deepspeed(loss_fn, batch)
+            self.deepspeed.backward(loss * world(), scale_wrt_gas=False)  # gradients are averaged over ranks, shares add up
+            tokens = batch.tokens if isinstance(batch, Batch) else 0
+            for name, value in {"loss": loss, "tokens": tokens, **floats}.items():
+                totals[name] = totals.get(name, 0.0) + float(value.detach() if isinstance(value, torch.Tensor) else value)
+        self.deepspeed.step()
+        if self.average:
+            self.average.update()
+        self.step += 1
+        totals = _sum_over_ranks(totals)
+        if not math.isfinite(totals["loss"]):
+            raise ModelError(f"the loss is {totals['loss']} at step {self.step}: lower the learning rate or look at the data")
+        return {**totals, "grad_norm": float(self.deepspeed.get_global_grad_norm() or 0.0), "lr": lr}
+
+    def close(self) -> None:
+        """Ends training: whole (averaged, if asked) weights are left in `model`, in eval mode, and the engine's memory is freed."""
+        weights = self._whole_weights()
+        self.deepspeed.destroy()
+        for parameter, weight in zip(self.model.parameters(), weights, strict=True):
+            parameter.data, parameter.grad = weight, None
+        if self.average:
+            self.average.copy_to(self.model)
+        self.model.eval()
+        del self.deepspeed
+        gc.collect()
+
+    def _whole_weights(self) -> list[torch.Tensor]:
+        import deepspeed
+
+        weights = []
+        for parameter in self.model.parameters():
+            with deepspeed.zero.GatheredParameters([parameter], enabled=self.settings.zero_stage == 3):
+                weights.append(parameter.data.detach().clone())
+        return weights
+
+
+def open_engine(model: Any, settings: Training, total_steps: int, seed: int = 0) -> Engine:
+    """The engine alone, for trainers with a loop of their own (RL, OPD). Call `close` at the end."""
+    return Engine(model, settings, total_steps, seed)
+
+
+class Average:
+    """Exponentially averaged weights; the decay rises from 0.1 so that early weights are soon forgotten."""
+
+    def __init__(self, model: Any, decay: float) -> None:
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        if any(hasattr(p, "ds_id") for p in self.parameters):
+            raise ConfigError("averaged weights need zero_stage 2 or less: set average to 0")
+        self.weights = [p.detach().float().clone() for p in self.parameters]
+        self.decay, self.count = decay, 0
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Takes in the weights after a step."""
+        self.count += 1
+        decay = min(self.decay, (1 + self.count) / (10 + self.count))
+        torch._foreach_lerp_(self.weights, [p.detach().float() for p in self.parameters], 1 - decay)
+
+    @torch.no_grad()
+    def copy_to(self, model: Any) -> None:
+        """Puts the averaged weights into the model."""
+        for parameter, weight in zip([p for p in model.parameters() if p.requires_grad], self.weights, strict=True):
+            parameter.data.copy_(weight)
+
+
+def _groups(module: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay for matrices, none for gains."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    matrices, gains = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": gains, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _deepspeed_config(settings: Training) -> dict[str, Any]:
+    """The built-in configuration, under what the file named by `settings.deepspeed` says."""
+    zero = {"stage": settings.zero_stage, "overlap_comm": False, "stage3_gather_16bit_weights_on_model_save": True}
+    config: dict[str, Any] = {"zero_optimization": zero}
+    if settings.deepspeed:
+        path = PROJECT / "conf" / "deepspeed" / f"{Path(settings.deepspeed).stem}.json"
+        if not path.exists():
+            raise ConfigError(f"no DeepSpeed configuration {settings.deepspeed!r} in conf/deepspeed")
+        config = json.loads(path.read_text())
+        if config.get("zero_optimization", {}).get("stage", 0) != settings.zero_stage:
+            raise ConfigError(f"conf/deepspeed/{path.name} has another ZeRO stage than zero_stage={settings.zero_stage}")
+    return config | {
+        "train_micro_batch_size_per_gpu": 1,  # rows are counted by the loader; the boundary of a step is set by hand
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": settings.clip,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+
+
+# -- processes --------------------------------------------------------------------------------------------------------
+
+
+def start_processes() -> None:
+    """Joins torchrun's processes, or makes this one a group of its own. Harmless when done before."""
+    set_defaults()
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, value)
+    import deepspeed
+    import torch.distributed as dist
+
+    single = int(os.environ["WORLD_SIZE"]) == 1
+    if single:  # no peer to share memory with: spares a minute of compiling
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not dist.is_initialized():
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        if single:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        deepspeed.init_distributed(dist_backend=backend, verbose=False)
+
+
+def rank() -> int:
+    """This process's place among torchrun's; 0 without it."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world() -> int:
+    """How many processes train together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _sum_over_ranks(values: dict[str, float]) -> dict[str, float]:
+    if world() == 1:
+        return values
+    names = sorted(values)
+    sums = torch.tensor([values[name] for name in names], dtype=torch.float64)
+    if torch.distributed.get_backend() == "nccl":
+        sums = sums.cuda()
+    torch.distributed.all_reduce(sums)
+    return dict(zip(names, sums.tolist(), strict=True))
+
+
+def _with_norm(micro_batches: Sequence[Any]) -> list[Any]:
+    """Gives each batch the sum of weights of the whole step."""
+    if not all(isinstance(batch, Batch) for batch in micro_batches):
+        return list(micro_batches)
+    norm = _sum_over_ranks({"norm": sum(batch.norm for batch in micro_batches)})["norm"] or 1.0
+    return [replace(batch, norm=norm) for batch in micro_batches]
+
+
+def _mix(*numbers: int) -> int:
+    """One seed from several numbers."""
+    mixed = 0
+    for number in numbers:
+        mixed = (mixed * 1_000_003 + number + 1) % (2**63)
+    return mixed
+
+
+# -- the loop ---------------------------------------------------------------------------------------------------------
+
+
+def train(
+    model: Any,
+    steps: Iterable[Batch],
+    loss_fn: LossFn,
+    settings: Training,
+    *,
+    folder: Path,
+    total_steps: int,
+    ctx: Any = None,
+    checkpoint: Path | None = None,
+    seed: int = 0,
+    validate: Callable[[Any], dict[str, float]] | None = None,
+    validate_every: int = 0,
+    fingerprint: str = "",
+    label: str = "training",
+) -> Summary:
+    """Trains `model` in place and leaves it in eval mode with the weights to export (averaged ones if `settings.average`).
+
+    `steps` gives micro-batches, `settings.accumulation` a step; with `state_dict`/`load_state_dict` it is resumable. `folder` gets
+    `metrics.jsonl`, a line a step. With `checkpoint` (a folder) and `settings.checkpoint_every`, an interrupted training with the same
+    `fingerprint` (what decides the result: settings and data) goes on where the last whole checkpoint stands, bit for bit at the same ZeRO
+    stage and world size. The checkpoint is removed at the end. `validate(model)` adds its floats to the lines of its steps.
+    """
+    engine = Engine(model, settings, total_steps, seed)
+    curve = folder / "metrics.jsonl"
+    if rank() == 0:
+        curve.write_text("")
+    tokens, seconds = _resume(engine, steps, checkpoint, fingerprint, curve, ctx)
+    stream, last = iter(steps), {"loss": math.nan}
+    started = time.monotonic() - seconds
+    for _ in _tracked(range(engine.step, total_steps), label, total_steps, ctx):
+        last = engine.backward_and_step(loss_fn, list(itertools.islice(stream, settings.accumulation)))
+        tokens += int(last["tokens"])
+        if validate and (engine.step == total_steps or (validate_every and engine.step % validate_every == 0)):
+            model.eval()
+            last |= {f"valid_{name}": value for name, value in validate(model).items()}
+        seconds = time.monotonic() - started
+        if rank() == 0:
+            line = {"step": engine.step, **last, "tokens": tokens, "seconds": round(seconds, 3)}
+            with curve.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        due = settings.checkpoint_every and engine.step % settings.checkpoint_every == 0 and engine.step < total_steps
+        if checkpoint and due:
+            stand = steps.state_dict() if hasattr(steps, "state_dict") else {}
+            checkpoints.save(engine, checkpoint, {"fingerprint": fingerprint, "loader": stand, "tokens": tokens, "seconds": seconds}, curve)
+    engine.close()
+    if checkpoint:
+        checkpoints.clear(checkpoint)
+    return Summary(total_steps, tokens, time.monotonic() - started, float(last["loss"]))
+
+
+def _resume(engine: Engine, steps: Any, checkpoint: Path | None, fingerprint: str, curve: Path, ctx: Any) -> tuple[int, float]:
+    """Puts engine, loader and curve where the last checkpoint stands, if there is one of this training."""
+    found = checkpoints.load(engine, checkpoint, fingerprint, curve) if checkpoint else None
+    if found is None:
+        return 0, 0.0
+    if hasattr(steps, "load_state_dict"):
+        steps.load_state_dict(found["loader"])
+    if ctx is not None:
+        ctx.log(f"resumed at step {engine.step} of {engine.total_steps}")
+    return int(found["tokens"]), float(found["seconds"])
+
+
+def _tracked(numbers: range, label: str, total: int, ctx: Any) -> Iterator[int]:
+    if ctx is not None and rank() == 0:
+        return iter(ctx.track(numbers, label, total))
+    return iter(numbers)
