@@ -91,9 +91,10 @@ class Embeddings(Section):
     """Item vectors: text (TF-IDF of words and characters, SVD) beside collaborative (SVD of item pairs)."""
 
     text_dim: Positive = 96
-    collaborative_dim: int = Field(32, ge=0)
+    collaborative_dim: int = Field(64, ge=0)
     encoder: str | None = None  # a Hugging Face encoder by id or path instead of TF-IDF
-    collaborative_weight: float = Field(1.0, ge=0)
+    collaborative_weight: float = Field(1.5, ge=0)
+    frozen: bool = False  # true: keep the projection and the tokenizer fitted before under equal settings; nights only add items
 
 
 class Tokenizer(Section):
@@ -104,8 +105,8 @@ class Tokenizer(Section):
     codes: Positive = 256
     collisions: Literal["nearest_free", "random", "random_last_levels"] = "nearest_free"
     random_levels: Positive = 1
-    dim: Positive = 32
-    hidden: Positive = 128
+    dim: Positive = 16  # width of the quantised space: narrower is more unique, wider keeps more of the vectors
+    hidden: Positive = 256
     steps: Positive = 1500
     batch: Positive = 512
     lr: float = 1e-3
@@ -159,15 +160,19 @@ class Training(Section):
 
 
 class Midtrain(Section):
-    """The mix of METHOD 3, by share of tokens. `history` is the sequence task, whose prefixes are its sliding windows."""
+    """The mix of METHOD 3. `history` is the sequence task, whose prefixes are its sliding windows; the others have a share of examples."""
 
-    student: Training = Training(epochs=6)
-    teacher: Training = Training(epochs=4)
-    refit: Training = Training(epochs=1.5, lr=5e-4)  # continues the student on all but the last two splits
-    titles: float = Field(0.15, ge=0)  # share of examples, relative to the history task's
-    captions: float = Field(0.15, ge=0)
-    persona: float = Field(0.10, ge=0)
-    history_items: Positive = 24
+    student: Training = Training(epochs=6, lr=2e-3, row_tokens=128, weight_decay=0.1)
+    teacher: Training = Training(epochs=4, lr=1.5e-3, row_tokens=128, weight_decay=0.1)
+    refit: Training = Training(epochs=1.5, lr=5e-4, row_tokens=128, weight_decay=0.1)  # continues the student on all but the last two splits
+    titles: float = Field(0.05, ge=0)  # examples over users
+    persona: float = Field(0.05, ge=0)
+    captions: float = Field(0.2, ge=0)  # examples over items
+    lookup: float = Field(0.2, ge=0)
+    title_words: Positive = 8  # words of a title that a text task says
+    history_items: Positive = 24  # longest window; a longer history is cut into windows that overlap by half
+    item_dropout: Share = 0.1  # share of items left out of a history, drawn anew each epoch
+    held_out: Share = 0.02  # users whose histories are not trained on but give the held-out loss; 0: none, and no held-out loss
 
 
 class Candidates(Section):
@@ -178,6 +183,7 @@ class Candidates(Section):
     beam: Positive = 20
     batch: Positive = 256
     max_requests: int = Field(0, ge=0)  # per split, seeded sample; 0: all. The full-ranking figures use every request kept
+    max_rerank: int = Field(0, ge=0)  # the same for the split rerank alone, whose lists only train; 0: as max_requests
 
 
 class Prompt(Section):

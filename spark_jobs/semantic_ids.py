@@ -1,0 +1,89 @@
+"""Stage `semantic_ids`: gives every item its codes under the frozen tokenizer.
+
+Reads    `item_embeddings`, the model `tokenizer`, and the codes that it gave before.
+Writes   `semantic_ids`: one item and tokenizer version; key tokenizer, item_id. One partition a version, named by the model's id.
+         `work/audits/semantic_ids.json`: the health figures as rows for `audits`.
+Rerun    items that have codes under this version keep them, row for row; only new items get codes, among the free ones
+         (DESIGN contract 8). Without new items the content stays equal.
+
+    gr2 stage semantic_ids --profile demo
+"""
+
+import datetime as dt
+import json
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from gr2.config import Config, Embeddings, Tokenizer
+from gr2.context import Context, Result
+from gr2.sids import to_text
+from schemas import get
+from spark_jobs.publish import publish
+from spark_jobs.session import frame_of
+from training.codebooks import Codebooks, Floats
+from training.collisions import separate
+from training.tokenizer import item_vectors
+from validation import sid_health
+
+TABLE = get("semantic_ids")
+
+
+def run(cfg: Config, ctx: Context) -> Result:
+    """Encodes, separates, audits and publishes."""
+    model = ctx.model("tokenizer", "tokenizer")
+    books, config = Codebooks.load(model.path)
+    settings = Tokenizer.model_validate(config["settings"]["tokenizer"])  # as it was fitted, whatever the profile says today
+    ids, vectors_NV = item_vectors(ctx, Embeddings.model_validate(config["settings"]["embeddings"]))
+    old = _published(ctx, model.id)
+    new = added_rows(books, settings, int(config["settings"]["seed"]), ids, vectors_NV, old, model.id, ctx.day)
+    table = pa.concat_tables([old, new])
+    found = health(table, books.codes)
+    if new.num_rows and old.num_rows:
+        found["drift: residual of new items over fitted"] = _mean(new["residual"]) / max(config["mean_residual"], 1e-9)
+    audits = sid_health.audits(found, cfg.tokenizer.min_uniqueness)
+    (ctx.work("audits") / "semantic_ids.json").write_text(json.dumps(audits, indent=1))
+    sid_health.gate(audits, books.builder)
+    publish(ctx, "semantic_ids", frame_of(ctx, table), partition={"tokenizer": model.id})
+    detail = {"tokenizer": model.id, "added": new.num_rows, **found}
+    return Result(rows_in=len(ids), rows_out=table.num_rows, detail=detail)
+
+
+def added_rows(
+    books: Codebooks, settings: Tokenizer, seed: int, ids: list[str], vectors_NV: Floats, old: pa.Table, version: str, day: dt.date
+) -> pa.Table:
+    """Rows for the items that have no codes yet. Raises ModelError where the codes are used up."""
+    known = set(old["item_id"].to_pylist())
+    fresh = [i for i, item in enumerate(ids) if item not in known]
+    learned_NL, residual_N = books.encode(vectors_NV[fresh])
+    taken_ML = np.array(old["codes"].to_pylist(), dtype=np.int64).reshape(old.num_rows, books.levels)
+    codes_NL = separate(learned_NL, books.latent(vectors_NV[fresh]), books.books_LKD, settings, seed, taken_ML)
+    columns: dict[str, Any] = {
+        "tokenizer": [version] * len(fresh),
+        "item_id": [ids[i] for i in fresh],
+        "codes": codes_NL.tolist(),
+        "token_text": [to_text(codes) for codes in codes_NL],
+        "learned_codes": learned_NL.tolist(),
+        "separated": (codes_NL != learned_NL).any(axis=1).tolist(),
+        "residual": residual_N.astype(float).tolist(),
+        "added_on": [day] * len(fresh),
+    }
+    return pa.table(columns, schema=TABLE.arrow())
+
+
+def health(table: pa.Table, codes: int) -> dict[str, float]:
+    """Health figures of one version's rows."""
+    learned_NL, codes_NL = (np.array(table[c].to_pylist(), dtype=np.int64) for c in ("learned_codes", "codes"))
+    return sid_health.figures(learned_NL, codes_NL, table["residual"].to_numpy(), codes)
+
+
+def _published(ctx: Context, version: str) -> pa.Table:
+    """Rows that this version has already, in order of item id."""
+    if not ctx.lake.exists("semantic_ids"):
+        return TABLE.arrow().empty_table()
+    return ctx.lake.read("semantic_ids", TABLE.names(), order_by=["item_id"], tokenizer=version).cast(TABLE.arrow())
+
+
+def _mean(column: pa.ChunkedArray) -> float:
+    return float(np.mean(column.to_numpy()))
