@@ -238,8 +238,12 @@ class RL(Section):
     conditional: bool = True
     alpha: float = 0.2
     invalid: float = -1.5
+    overlong_tokens: int = Field(8, ge=0)  # soft punishment of length begins so many tokens before the limit (DAPO); 0: none
+    overlong_weight: Share = 0.4  # at the limit; small enough that an invalid answer still earns least
+    replicas: Positive = 2  # shuffles of each training request
     redraw_share: Share = 0.5  # prompts whose incoming order is re-drawn so that the target's rank is uniform
-    max_refills: int = Field(2, ge=0)
+    max_refills: int = Field(2, ge=0)  # further draws of a step, for groups that were dropped
+    updates: Positive = 1  # optimizer steps from the rollouts of one step; beyond 1 the clip does its work
     validate_every: Positive = 5
     validate_requests: Positive = 128
     mode: Literal["think", "direct"] = "think"

@@ -92,6 +92,7 @@ STAGES = (
         ("rl", "prompt"),
         ("candidates", "candidate_features", "items", "semantic_ids"),
         ("rl_prompts",),
+        ("midtrain",),
     ),
     Stage("rl", "training.rl", ("rl", "models", "prompt"), ("rl_prompts",), (), ("sft", "sft-teacher"), ("rl-teacher", "rl")),
     Stage("opd", "training.opd", ("opd", "rl", "models", "prompt"), ("rl_prompts",), (), ("sft", "rl-teacher"), ("opd", "opd+rl")),

@@ -253,6 +253,11 @@ def load(path: Path | str, dropout: float = 0.0) -> tuple[Any, Any]:
     return model.eval(), tokenizer
 
 
+def load_tokenizer(path: Path | str) -> Any:
+    """The vocabulary alone, for stages that render prompts and run no model. Raises ModelError."""
+    return _tokenizer(str(path))
+
+
 def _check_folder(folder: Path) -> None:
     if not folder.is_dir():
         return  # a Hugging Face id: `use_safetensors` holds there too
