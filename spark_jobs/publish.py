@@ -17,7 +17,7 @@ from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
-from pyspark.sql.types import StructType
+from pyspark.sql.types import ArrayType, StructType
 
 import schemas
 from gr2.context import Context
@@ -62,6 +62,10 @@ def spark_schema(table: Table) -> StructType:
     schema = from_arrow_schema(table.arrow())
     for field, column in zip(schema.fields, table.columns, strict=True):
         field.nullable, field.metadata = column.nullable, {"comment": column.comment}
+        if isinstance(
+            field.dataType, ArrayType
+        ):  # Parquet reads lists back with nullable elements, and MERGE does not narrow: a rule audits them
+            field.dataType = ArrayType(field.dataType.elementType, True)
     return schema
 
 

@@ -26,6 +26,8 @@ def rules(table: Table, partition: dict[str, str] | None = None) -> dict[str, st
         if column.values:
             values = ", ".join(f"'{v}'" for v in column.values)
             found[f"known_value({column.name})"] = f"{column.name} IN ({values})"
+        if pa.types.is_list(column.type):
+            found[f"no_null_in({column.name})"] = f"NOT exists({column.name}, x -> x IS NULL)"
         if pa.types.is_floating(column.type):
             found[f"finite({column.name})"] = f"NOT isnan({column.name})"
     for column_name, value in (partition or {}).items():
