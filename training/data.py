@@ -26,7 +26,7 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt that is read, and segments of `(token ids, weight of their loss)` that are learned. `extra`: values, one per learned token."""
+    """A prompt that is read, and segments of `(token ids, weight of their loss)` that are learned. `extra`: one value per learned token."""
 
     prompt_ids: Sequence[int]
     segments: Sequence[tuple[Sequence[int], float]]

@@ -1,11 +1,11 @@
 """One training loop for every trainer, on DeepSpeed.
 
     total = planned_steps(loader, settings)
-    summary = train(model, loader, loss_fn, settings, folder=draft, total_steps=total, ctx=ctx, checkpoint=ctx.work("sft", "checkpoint"), seed=13)
+    summary = train(model, loader, loss_fn, settings, folder=draft, total_steps=total, ctx=ctx, checkpoint=folder, seed=13)
 
-`loss_fn(model, batch) -> (loss, floats)` gives one micro-batch's **share** of the step's loss: its weighted sum over `batch.norm`. Shares, and the
-floats, add up over micro-batches and ranks. Weights stay fp32 and matrix products run in bf16. For RL, `open_engine` gives the same
-engine without the loop: `engine.backward_and_step(loss_fn, micro_batches)`.
+`loss_fn(model, batch) -> (loss, floats)` gives one micro-batch's **share** of the step's loss: its weighted sum over `batch.norm`.
+Shares, and the floats, add up over micro-batches and ranks. Weights stay fp32; matrix products run in bf16 (settings.precision). For RL,
+`open_engine` gives the engine without the loop: `engine.backward_and_step(loss_fn, micro_batches)`.
 
 One process needs no launcher; several are started by torchrun. Shapes: B rows, T tokens, M learned tokens, D hidden size, V vocabulary.
 """

@@ -1,0 +1,168 @@
+"""Exact constrained beam search over the trie of live items: the pre-ranker's last step (METHOD 4).
+
+    found = beam_search(model, sid_ids(tokenizer), trie, prompts, width=20, exclude=history_rows, pad=tokenizer.pad_token_id)
+    found.items_BW, found.logprobs_BW       # rows of the codes_NL that the trie was built from, best first; -1 and -inf: no more
+
+No beam leaves the trie. Scores are the model's own log-probabilities over its whole vocabulary, only masked to what the trie allows, so the
+score of an item is log p(its tokens | prompt). Subtrees that hold only excluded items are closed from the start, so exclusion never
+costs a result. No `generate`, so no default of a generation config can leak in.
+
+All beams of a prompt stand side by side as queries over one key-value cache: a tree mask lets each see the prompt and its own ancestors.
+So the prompt is stored once, not once per beam, and nothing is reordered.
+
+Shapes: B prompts, T prompt tokens, W beams, L levels, K codes, V vocabulary, C cached places, N items.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from gr2.errors import ModelError
+from gr2.sids import Trie
+from scoring.model import autocast, by_length, hidden_states, right_padded
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Found:
+    """Items of each prompt, best first."""
+
+    items_BW: Ints
+    logprobs_BW: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class _Beams:
+    """Living beams of a batch: trie node (-1: no beam), log-probability, and which cached places each may look at."""
+
+    nodes_BW: Ints
+    logps_BW: torch.Tensor
+    sees_BWC: torch.Tensor
+
+
+def beam_search(
+    model: Any,
+    sid_ids_LK: Ints,
+    trie: Trie,
+    prompts: Sequence[Sequence[int]],
+    width: int,
+    exclude: Sequence[Sequence[int]] | None = None,
+    *,
+    pad: int = 0,
+    batch: int = 128,
+    bf16: bool = True,
+) -> Found:
+    """The `width` most likely items of each prompt (token ids), items of `exclude` (rows of codes_NL, per prompt) left out.
+
+    Exact where `width` is at least the number of living nodes of every level; else the usual beam approximation. Raises ModelError for an
+    empty prompt, a trie that the vocabulary does not cover, a prompt without an item left, log-probabilities that are not numbers.
+    """
+    if trie.levels != len(sid_ids_LK) or max(int(codes.max()) for codes in trie.tokens) >= sid_ids_LK.shape[1]:
+        raise ModelError(f"the vocabulary has {sid_ids_LK.shape} SID tokens, the trie needs {trie.levels} levels and more codes")
+    if not all(len(prompt) for prompt in prompts):
+        raise ModelError("a prompt is empty: give at least its first token")
+    items_BW = np.full((len(prompts), width), -1, dtype=np.int64)
+    logprobs_BW = np.full((len(prompts), width), -np.inf, dtype=np.float32)
+    model.eval()
+    closed = _Closed(trie)
+    for places in by_length(prompts, batch):
+        dead = closed.nodes([exclude[i] for i in places] if exclude is not None else [[]] * len(places))
+        with torch.inference_mode(), autocast(model, bf16):
+            items, logprobs = _search(model, sid_ids_LK, trie, [prompts[i] for i in places], width, dead, pad)
+        items_BW[places, : items.shape[1]], logprobs_BW[places, : items.shape[1]] = items, logprobs
+    return Found(items_BW, logprobs_BW)
+
+
+class _Closed:
+    """Finds the nodes under which every item is excluded."""
+
+    def __init__(self, trie: Trie) -> None:
+        self.trie = trie
+        self.leaf_of = np.empty(len(trie.items), dtype=np.int64)
+        self.leaf_of[trie.items] = np.arange(len(trie.items))
+        node_N = np.arange(len(trie.items))
+        self.nodes_DN, self.sizes_D = [node_N], [np.ones(len(trie.items), dtype=np.int64)]  # from the leaves up
+        for depth in range(trie.levels - 1, 0, -1):
+            parents = np.repeat(np.arange(len(trie.starts[depth]) - 1), np.diff(trie.starts[depth]))
+            node_N = parents[node_N]
+            self.nodes_DN.insert(0, node_N)
+            self.sizes_D.insert(0, np.bincount(node_N))
+
+    def nodes(self, exclude: Sequence[Sequence[int]]) -> list[tuple[Ints, Ints]]:
+        """For depth 1..L: `(prompt, node)` pairs that no beam may enter."""
+        counts = [len(set(rows)) for rows in exclude]
+        prompt_X = np.repeat(np.arange(len(exclude)), counts)
+        leaf_X = self.leaf_of[np.array([row for rows in exclude for row in sorted(set(rows))], dtype=np.int64)]
+        closed = []
+        for node_N, sizes in zip(self.nodes_DN, self.sizes_D, strict=True):
+            keys, hits = np.unique(prompt_X * len(sizes) + node_N[leaf_X], return_counts=True)
+            full = hits == sizes[keys % len(sizes)]
+            closed.append((keys[full] // len(sizes), keys[full] % len(sizes)))
+        return closed
+
+
+def _search(
+    model: Any, sid_ids_LK: Ints, trie: Trie, prompts: list[Sequence[int]], width: int, dead: list[tuple[Ints, Ints]], pad: int
+) -> tuple[Ints, NDArray[np.float32]]:
+    device, count = model.device, len(prompts)
+    ids_BT, lengths_B = (tensor.to(device) for tensor in right_padded(prompts, pad))
+    out = hidden_states(model, input_ids=ids_BT, use_cache=True)
+    last_BD = out.last_hidden_state[torch.arange(count, device=device), lengths_B - 1]
+    prompt_BT = torch.arange(ids_BT.shape[1], device=device) < lengths_B[:, None]
+    beams = _Beams(np.zeros((count, 1), dtype=np.int64), torch.zeros(count, 1, device=device), prompt_BT[:, None])
+    hidden_BWD = last_BD[:, None]
+    for depth in range(trie.levels):
+        logps_BWV = model.get_output_embeddings()(hidden_BWD).float().log_softmax(dim=-1)
+        logps_BWK = logps_BWV[:, :, torch.from_numpy(sid_ids_LK[depth]).to(device)]
+        codes_BW, beams = _extend(trie, depth, beams, logps_BWK, width, dead[depth])
+        if depth == trie.levels - 1:
+            break
+        kept = beams.nodes_BW.shape[1]
+        own_WC = torch.eye(kept, dtype=torch.bool, device=device).expand(count, kept, kept)
+        beams = _Beams(beams.nodes_BW, beams.logps_BW, torch.cat([beams.sees_BWC, own_WC], dim=2))
+        tokens_BW = torch.from_numpy(sid_ids_LK[depth][codes_BW]).to(device)
+        positions_BW = (lengths_B[:, None] + depth).expand(count, kept)
+        out = hidden_states(
+            model,
+            input_ids=tokens_BW,
+            position_ids=positions_BW,
+            attention_mask=beams.sees_BWC[:, None],
+            past_key_values=out.past_key_values,
+            use_cache=True,
+        )
+        hidden_BWD = out.last_hidden_state
+    items_BW = np.where(beams.nodes_BW >= 0, trie.items[np.maximum(beams.nodes_BW, 0)], -1)
+    return items_BW, beams.logps_BW.cpu().numpy()
+
+
+def _extend(trie: Trie, depth: int, beams: _Beams, logps_BWK: torch.Tensor, width: int, dead: tuple[Ints, Ints]) -> tuple[Ints, _Beams]:
+    """The `width` best children of all beams of each prompt, best first. Returns their codes, and the new beams."""
+    count, beam_count, codes = logps_BWK.shape
+    alive_X = np.flatnonzero(beams.nodes_BW.reshape(-1) >= 0)
+    rows, code, child = trie.children(depth, beams.nodes_BW.reshape(-1)[alive_X])
+    child_BF = np.full((count, beam_count * codes), -1, dtype=np.int64)  # F: every (beam, code) of a prompt
+    flat = alive_X[rows] * codes + code
+    child_BF.reshape(-1)[flat] = child
+    prompt, node = dead
+    if len(prompt):
+        size = len(trie.tokens[depth])
+        entered = np.isin((flat // (beam_count * codes)) * size + child, prompt * size + node)
+        child_BF.reshape(-1)[flat[entered]] = -1
+    scores_BF = (beams.logps_BW[:, :, None] + logps_BWK).reshape(count, -1)
+    allowed_BF = torch.from_numpy(child_BF >= 0).to(scores_BF.device)
+    if not torch.isfinite(scores_BF[allowed_BF]).all():
+        raise ModelError("the model's log-probabilities are not numbers: its weights are broken")
+    kept = min(width, int(allowed_BF.sum(dim=1).max()))
+    if not bool(allowed_BF.any(dim=1).all()):
+        raise ModelError("a prompt has no item left: every item of the trie is excluded for it")
+    best_BW, flat_BW = scores_BF.masked_fill(~allowed_BF, -torch.inf).topk(kept, dim=1)
+    places_BW = flat_BW.cpu().numpy()
+    parents_BW = flat_BW // codes
+    sees_BWC = torch.gather(beams.sees_BWC, 1, parents_BW[:, :, None].expand(-1, -1, beams.sees_BWC.shape[2]))
+    nodes_BW = np.take_along_axis(child_BF, places_BW, axis=1)
+    return places_BW % codes, _Beams(nodes_BW, best_BW, sees_BWC)

@@ -1,0 +1,133 @@
+"""Constrained beams against the enumeration of every item, and against the beam search of transformers."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from gr2.config import Model
+from gr2.errors import ModelError
+from gr2.sids import Trie, sid_tokens
+from scoring.beams import beam_search
+from scoring.model import build_model, build_vocabulary, sid_ids
+
+pytestmark = pytest.mark.e2e
+LEVELS, CODES, ITEMS = 3, 8, 60
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, np.ndarray, Trie, list[list[int]]]:
+    """Model, tokenizer, codes_NL, trie and prompts of unlike lengths."""
+    tokenizer = build_vocabulary(["history of items"] * 5, 300, sid_tokens(LEVELS, CODES), tmp_path_factory.mktemp("vocabulary"))
+    model = build_model(Model(hidden=32, layers=2, heads=2, kv_heads=1, mlp=64, dropout=0.0), tokenizer, None, seed=3).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(6)  # sharper than a fresh model, so that orders are distinct
+    rng = np.random.default_rng(0)
+    codes_NL = np.stack(np.unravel_index(rng.choice(CODES**LEVELS, ITEMS, replace=False), [CODES] * LEVELS), axis=1)
+    prompts = [rng.integers(3, len(tokenizer), size=n).tolist() for n in (1, 9, 4, 17, 9)]
+    return model, tokenizer, codes_NL, Trie.build(codes_NL), prompts
+
+
+@torch.inference_mode()
+def enumerate_items(model: Any, prompt: list[int], tokens_NL: np.ndarray) -> np.ndarray:
+    """log p(item | prompt) of every item, each in a pass of its own."""
+    rows = torch.tensor([[*prompt, *row] for row in tokens_NL.tolist()])
+    logps = model(rows).logits.float().log_softmax(-1)
+    first = len(prompt) - 1
+    return sum(logps[torch.arange(len(rows)), first + k, torch.from_numpy(tokens_NL[:, k])] for k in range(tokens_NL.shape[1])).numpy()
+
+
+def tokens_of(tokenizer: Any, codes_NL: np.ndarray) -> np.ndarray:
+    return np.stack([sid_ids(tokenizer)[level][codes_NL[:, level]] for level in range(codes_NL.shape[1])], axis=1)
+
+
+def test_wide_beams_are_the_enumeration_of_all_items(world: Any) -> None:
+    model, tokenizer, codes_NL, trie, prompts = world
+    found = beam_search(model, sid_ids(tokenizer), trie, prompts, ITEMS, pad=tokenizer.pad_token_id, bf16=False, batch=3)
+    for row, prompt in enumerate(prompts):
+        truth = enumerate_items(model, prompt, tokens_of(tokenizer, codes_NL))
+        assert sorted(found.items_BW[row]) == list(range(ITEMS))
+        np.testing.assert_allclose(found.logprobs_BW[row], truth[found.items_BW[row]], atol=2e-5)
+        assert (np.diff(found.logprobs_BW[row]) <= 0).all()
+        assert found.items_BW[row, 0] == truth.argmax()
+
+
+def test_exclusion_is_the_enumeration_without_those_items(world: Any) -> None:
+    model, tokenizer, codes_NL, trie, prompts = world
+    rng = np.random.default_rng(1)
+    exclude = [rng.choice(ITEMS, size=n, replace=False).tolist() for n in (0, 5, 59, 30, 1)]
+    exclude[4] = np.flatnonzero(codes_NL[:, 0] == codes_NL[0, 0]).tolist()  # a whole subtree
+    found = beam_search(model, sid_ids(tokenizer), trie, prompts, ITEMS, exclude, pad=tokenizer.pad_token_id, bf16=False)
+    for row, gone in enumerate(exclude):
+        items = found.items_BW[row]
+        left = ITEMS - len(gone)
+        assert set(items[:left]) == set(range(ITEMS)) - set(gone)
+        assert (items[left:] == -1).all()
+        assert np.isneginf(found.logprobs_BW[row, left:]).all()
+
+
+def test_narrow_beams_still_return_their_full_width_when_the_best_are_excluded(world: Any) -> None:
+    model, tokenizer, _, trie, prompts = world
+    search = {"pad": tokenizer.pad_token_id, "bf16": False}
+    best = beam_search(model, sid_ids(tokenizer), trie, prompts, 20, **search).items_BW
+    again = beam_search(model, sid_ids(tokenizer), trie, prompts, 4, best, **search).items_BW
+    assert (again >= 0).all()
+    assert not any(set(a) & set(b) for a, b in zip(again.tolist(), best.tolist(), strict=True))
+
+
+def test_narrow_beams_equal_the_beam_search_of_transformers(world: Any) -> None:
+    model, tokenizer, codes_NL, trie, prompts = world
+    tokens_NL, width = tokens_of(tokenizer, codes_NL), 5
+    for prompt in prompts:
+        ours = beam_search(model, sid_ids(tokenizer), trie, [prompt], width, pad=tokenizer.pad_token_id, bf16=False)
+
+        def allowed(_: int, ids: torch.Tensor, start: int = len(prompt)) -> list[int]:
+            prefix = ids[start:].tolist()
+            return sorted({int(row[len(prefix)]) for row in tokens_NL if row[: len(prefix)].tolist() == prefix})
+
+        theirs = model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            num_beams=width,
+            num_return_sequences=width,
+            max_new_tokens=LEVELS,
+            prefix_allowed_tokens_fn=allowed,
+            length_penalty=0.0,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_scores=True,
+            renormalize_logits=False,
+        )
+        assert tokens_NL[ours.items_BW[0]].tolist() == theirs.sequences[:, len(prompt) :].tolist()
+        np.testing.assert_allclose(ours.logprobs_BW[0], theirs.sequences_scores.numpy(), atol=2e-4)
+
+
+def test_bf16_changes_scores_little_and_batching_changes_nothing(world: Any) -> None:
+    model, tokenizer, _, trie, prompts = world
+    one = beam_search(model, sid_ids(tokenizer), trie, prompts, 10, pad=tokenizer.pad_token_id, bf16=False, batch=1)
+    many = beam_search(model, sid_ids(tokenizer), trie, prompts, 10, pad=tokenizer.pad_token_id, bf16=False, batch=5)
+    np.testing.assert_array_equal(one.items_BW, many.items_BW)
+    np.testing.assert_allclose(one.logprobs_BW, many.logprobs_BW, atol=2e-5)
+    fast = beam_search(model, sid_ids(tokenizer), trie, prompts, 10, pad=tokenizer.pad_token_id, bf16=True)
+    assert np.abs(fast.logprobs_BW - one.logprobs_BW).mean() < 0.3
+
+
+def test_fails_closed(world: Any) -> None:
+    model, tokenizer, _, trie, prompts = world
+    with pytest.raises(ModelError, match="no item left"):
+        beam_search(model, sid_ids(tokenizer), trie, prompts[:1], 5, [range(ITEMS)], pad=tokenizer.pad_token_id)
+    with pytest.raises(ModelError, match="empty"):
+        beam_search(model, sid_ids(tokenizer), trie, [[]], 5)
+    with pytest.raises(ModelError, match="levels"):
+        beam_search(model, sid_ids(tokenizer)[:2], trie, prompts, 5)
+    weight = model.model.norm.weight
+    kept = weight.detach().clone()
+    try:
+        weight.data.fill_(float("nan"))
+        with pytest.raises(ModelError, match="not numbers"):
+            beam_search(model, sid_ids(tokenizer), trie, prompts, 5, pad=tokenizer.pad_token_id)
+    finally:
+        weight.data.copy_(kept)
