@@ -7,6 +7,7 @@ TABLE = Table(
     version="1.0",
     grain="one check of one run",
     key=("run_id", "stage", "audit", "subject"),
+    partition_by=("run_id",),
     columns=(
         Column("run_id", STRING, "run"),
         Column("stage", STRING, "stage that was audited"),

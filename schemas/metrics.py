@@ -7,6 +7,7 @@ TABLE = Table(
     version="1.0",
     grain="one figure",
     key=("run_id", "profile", "protocol", "model", "mode", "population", "slice", "n_candidates", "seed", "metric", "reference"),
+    partition_by=("run_id",),
     laws={"interval_holds_value": "low IS NULL OR (low <= value + 1e-9 AND value <= high + 1e-9)"},
     columns=(
         Column("run_id", STRING, "run"),

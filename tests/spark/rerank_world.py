@@ -8,8 +8,9 @@ import pyarrow as pa
 
 import schemas
 from gr2.context import Context
+from spark_jobs.features import with_features
 from spark_jobs.publish import publish
-from spark_jobs.session import frame_of
+from spark_jobs.session import frame_of, read
 
 DAY = dt.date(2026, 3, 1)
 
@@ -99,3 +100,19 @@ def evidence(ctx: Context, rng: np.random.Generator, n_items: int) -> None:
     for fit in ("train", "refit"):
         put(ctx, "item_pairs", pair_rows(rng, n_items, fit), {"fit": fit})
         put(ctx, "item_stats", stats_rows(rng, n_items, fit), {"fit": fit})
+
+
+def learnable(ctx: Context, hit: float = 0.8) -> dict[str, dict[str, Any]]:
+    """Requests of all splits, published with their features; targets follow the heaviest pair from the last history item."""
+    rng = np.random.default_rng(3)
+    evidence(ctx, rng, 24)
+    requests = [r for split, n in (("rerank", 120), ("valid", 40), ("test", 40)) for r in candidate_rows(rng, 24, split, n, hit=hit)]
+    pairs = {(p["fit"], p["item_id"], p["next_item_id"]): p["weight"] for p in ctx.lake.read("item_pairs").to_pylist()}
+    for request in requests:
+        if request["target_rank"]:
+            weights = [pairs.get((request["fit"], request["history_ids"][-1], c), 0.0) for c in request["candidate_ids"]]
+            place = int(np.argmax(weights))
+            request.update(target_id=request["candidate_ids"][place], target_rank=place + 1, grades=[int(i == place) for i in range(10)])
+    put(ctx, "candidates", requests)
+    publish(ctx, "candidate_features", with_features(ctx, read(ctx, "candidates")))
+    return {r["request_id"]: r for r in requests}

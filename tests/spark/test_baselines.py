@@ -2,36 +2,17 @@
 
 import numpy as np
 import pytest
-from rerank_world import candidate_rows, evidence, put
+from rerank_world import learnable
 
 import schemas
 from gr2.errors import InputError
 from spark_jobs import baselines
-from spark_jobs.features import with_features
-from spark_jobs.publish import publish
-from spark_jobs.session import read
 
 pytestmark = pytest.mark.spark
 
 
-def prepared(ctx, hit: float = 0.8):
-    """A world whose targets follow a pair from the last history item: learnable from the evidence."""
-    rng = np.random.default_rng(3)
-    evidence(ctx, rng, 24)
-    requests = [r for split, n in (("rerank", 120), ("valid", 40), ("test", 40)) for r in candidate_rows(rng, 24, split, n, hit=hit)]
-    pairs = {(p["fit"], p["item_id"], p["next_item_id"]): p["weight"] for p in ctx.lake.read("item_pairs").to_pylist()}
-    for request in requests:
-        if request["target_rank"]:
-            weights = [pairs.get((request["fit"], request["history_ids"][-1], c), 0.0) for c in request["candidate_ids"]]
-            place = int(np.argmax(weights))
-            request.update(target_id=request["candidate_ids"][place], target_rank=place + 1, grades=[int(i == place) for i in range(10)])
-    put(ctx, "candidates", requests)
-    publish(ctx, "candidate_features", with_features(ctx, read(ctx, "candidates")))
-    return {r["request_id"]: r for r in requests}
-
-
 def test_baselines_are_the_orders_that_they_say(ctx):
-    requests = prepared(ctx)
+    requests = learnable(ctx)
     result = baselines.run(ctx.cfg, ctx)
     rows = ctx.lake.read("baselines").to_pylist()
     assert result.rows_out == len(rows) == 80 * 6
@@ -69,6 +50,6 @@ def test_no_label_is_a_feature():
 
 
 def test_lambdamart_without_a_positive_is_refused(ctx):
-    prepared(ctx, hit=0.0)
+    learnable(ctx, hit=0.0)
     with pytest.raises(InputError, match=r"evaluation\.baselines"):
         baselines.run(ctx.cfg, ctx)
