@@ -12,47 +12,39 @@ import numpy as np
 DIM = 24  # latent dimensions of tastes and items
 COMPLEMENTS = 3
 
-# department -> (category, product type, usual price), in the order of use; the list is read as a ring
-VOCABULARY: dict[str, tuple[tuple[str, str, float], ...]] = {
-    "Coffee & Tea": (
-        ("Espresso", "Espresso Machine", 320), ("Espresso", "Burr Grinder", 120), ("Beans", "Espresso Beans", 18), ("Milk", "Milk Frother", 45),
-        ("Cups", "Cappuccino Cups", 28), ("Cleaning", "Descaling Tablets", 12), ("Tea", "Loose Leaf Tea", 14), ("Tea", "Glass Teapot", 35),
-    ),
-    "Camping": (
-        ("Shelter", "Trekking Tent", 240), ("Sleeping", "Down Sleeping Bag", 160), ("Sleeping", "Sleeping Pad", 70), ("Light", "Headlamp", 35),
-        ("Cooking", "Gas Stove", 55), ("Cooking", "Titanium Cook Set", 60), ("Water", "Water Filter", 40), ("Walking", "Trekking Poles", 80),
-    ),
-    "Photography": (
-        ("Cameras", "Mirrorless Camera", 900), ("Lenses", "Prime Lens", 420), ("Storage", "Memory Card", 30), ("Bags", "Camera Backpack", 95),
-        ("Supports", "Carbon Tripod", 150), ("Lenses", "Polarising Filter", 45), ("Light", "Speedlight Flash", 180), ("Care", "Sensor Kit", 22),
-    ),
-    "Running": (
-        ("Shoes", "Road Running Shoes", 120), ("Clothing", "Merino Socks", 16), ("Watches", "GPS Watch", 250), ("Hydration", "Hydration Vest", 110),
-        ("Nutrition", "Energy Gels", 24), ("Clothing", "Running Cap", 25), ("Recovery", "Foam Roller", 30), ("Recovery", "Massage Ball", 12),
-    ),
-    "Home Office": (
-        ("Furniture", "Standing Desk", 450), ("Furniture", "Mesh Office Chair", 280), ("Screens", "Monitor Arm", 85),
-        ("Input", "Mechanical Keyboard", 110), ("Input", "Wireless Mouse", 50), ("Light", "Desk Lamp", 45), ("Video", "Webcam", 75),
-        ("Cables", "USB Hub", 35),
-    ),
-    "Baby": (
-        ("Travel", "Folding Stroller", 330), ("Travel", "Car Seat", 210), ("Travel", "Diaper Bag", 65), ("Feeding", "Bottle Set", 32),
-        ("Feeding", "Bottle Warmer", 38), ("Sleep", "Baby Monitor", 120), ("Sleep", "Muslin Swaddle", 22), ("Play", "Play Mat", 55),
-    ),
-    "Skin Care": (
-        ("Cleansing", "Gel Cleanser", 14), ("Cleansing", "Rose Toner", 18), ("Treatment", "Vitamin C Serum", 32), ("Moisture", "Day Cream", 26),
-        ("Sun", "Mineral Sunscreen", 20), ("Treatment", "Clay Mask", 19), ("Moisture", "Lip Balm", 6), ("Cleansing", "Makeup Remover", 11),
-    ),
-    "Kitchen": (
-        ("Knives", "Chef Knife", 95), ("Preparation", "Walnut Cutting Board", 60), ("Pans", "Cast Iron Skillet", 48),
-        ("Pans", "Enamel Dutch Oven", 180), ("Preparation", "Mixing Bowls", 34), ("Baking", "Digital Scale", 24), ("Baking", "Silicone Spatulas", 15),
-        ("Spices", "Spice Rack", 40),
-    ),
-}  # fmt: skip
+# department -> "category: product type, usual price" in the order of use; the list is read as a ring
+VOCABULARY = {
+    "Coffee & Tea": "Espresso: Espresso Machine, 320; Espresso: Burr Grinder, 120; Beans: Espresso Beans, 18; Milk: Milk Frother, 45; "
+    "Cups: Cappuccino Cups, 28; Cleaning: Descaling Tablets, 12; Tea: Loose Leaf Tea, 14; Tea: Glass Teapot, 35",
+    "Camping": "Shelter: Trekking Tent, 240; Sleeping: Down Sleeping Bag, 160; Sleeping: Sleeping Pad, 70; Light: Headlamp, 35; "
+    "Cooking: Gas Stove, 55; Cooking: Titanium Cook Set, 60; Water: Water Filter, 40; Walking: Trekking Poles, 80",
+    "Photography": "Cameras: Mirrorless Camera, 900; Lenses: Prime Lens, 420; Storage: Memory Card, 30; Bags: Camera Backpack, 95; "
+    "Supports: Carbon Tripod, 150; Lenses: Polarising Filter, 45; Light: Speedlight Flash, 180; Care: Sensor Kit, 22",
+    "Running": "Shoes: Road Running Shoes, 120; Clothing: Merino Socks, 16; Watches: GPS Watch, 250; Hydration: Hydration Vest, 110; "
+    "Nutrition: Energy Gels, 24; Clothing: Running Cap, 25; Recovery: Foam Roller, 30; Recovery: Massage Ball, 12",
+    "Home Office": "Furniture: Standing Desk, 450; Furniture: Mesh Office Chair, 280; Screens: Monitor Arm, 85; "
+    "Input: Mechanical Keyboard, 110; Input: Wireless Mouse, 50; Light: Desk Lamp, 45; Video: Webcam, 75; Cables: USB Hub, 35",
+    "Baby": "Travel: Folding Stroller, 330; Travel: Car Seat, 210; Travel: Diaper Bag, 65; Feeding: Bottle Set, 32; "
+    "Feeding: Bottle Warmer, 38; Sleep: Baby Monitor, 120; Sleep: Muslin Swaddle, 22; Play: Play Mat, 55",
+    "Skin Care": "Cleansing: Gel Cleanser, 14; Cleansing: Rose Toner, 18; Treatment: Vitamin C Serum, 32; Moisture: Day Cream, 26; "
+    "Sun: Mineral Sunscreen, 20; Treatment: Clay Mask, 19; Moisture: Lip Balm, 6; Cleansing: Makeup Remover, 11",
+    "Kitchen": "Knives: Chef Knife, 95; Preparation: Cutting Board, 60; Pans: Cast Iron Skillet, 48; Pans: Enamel Dutch Oven, 180; "
+    "Preparation: Mixing Bowls, 34; Baking: Digital Scale, 24; Baking: Silicone Spatulas, 15; Spices: Spice Rack, 40",
+}
+RING = 8  # types of a department
 BRANDS = (
-    "Kestrel", "Norrland", "Hearth & Vine", "Solace", "Tamarack", "Orbit", "Juniper", "Ferrous", "Blue Anchor", "Maple & Pine", "Lumen", "Aurelia",
-    "Granite", "Wren", "Saltworks", "Meridian",
-)  # fmt: skip
+    "Kestrel",
+    "Norrland",
+    "Hearth & Vine",
+    "Solace",
+    "Tamarack",
+    "Orbit",
+    "Juniper",
+    "Ferrous",
+    "Blue Anchor",
+    "Maple & Pine",
+    "Lumen",
+)
 STYLES = (
     "Compact",
     "Classic",
@@ -82,8 +74,13 @@ VARIANTS = (
     "Copper",
 )
 
-TYPES = [(d, c, t, p) for d, rows in VOCABULARY.items() for c, t, p in rows]
-_DEPARTMENT = np.array([list(VOCABULARY).index(d) for d, *_ in TYPES])
+TYPES = [
+    (department, *(part.strip() for part in row.replace(":", ",").split(",")))
+    for department, rows in VOCABULARY.items()
+    for row in rows.split(";")
+]  # department, category, product, price
+_DEPARTMENT = np.array([list(VOCABULARY).index(t[0]) for t in TYPES])
+_PRICE = np.array([float(t[3]) for t in TYPES])
 
 
 def unit(x_ND: np.ndarray) -> np.ndarray:
@@ -118,10 +115,10 @@ class Catalogue:
             return
         rng = np.random.default_rng([self.seed, 2, day])
         kind = rng.integers(len(TYPES), size=count)
-        brand = (_DEPARTMENT[kind] * 5 + rng.integers(5, size=count)) % len(BRANDS)  # a department has five brands
+        brand = (_DEPARTMENT[kind] * 4 + rng.integers(4, size=count)) % len(BRANDS)  # a department has four brands
         style, variant = rng.integers(len(STYLES), size=count), rng.integers(len(VARIANTS), size=count)
         dearness = rng.normal(0.0, 0.3, size=count)
-        price = np.array([p for *_, p in TYPES])[kind] * np.exp(dearness)
+        price = _PRICE[kind] * np.exp(dearness)
         vectors = unit(
             0.8 * self.departments[_DEPARTMENT[kind]]
             + 0.9 * self.types[kind]
@@ -144,10 +141,10 @@ class Catalogue:
     def _complements_of(self, item: int, rng: np.random.Generator) -> list[int]:
         """Two items of the next type of the department and one of the type after, of the same brand where there is one."""
         kind, brand = self._attributes[item, :2]
-        start, size = int(kind) // 8 * 8, 8
+        start = int(kind) // RING * RING
         chosen: list[int] = []
         for step in (1, 1, 2):
-            pool = self._by_type[start + (int(kind) - start + step) % size]
+            pool = self._by_type[start + (int(kind) - start + step) % RING]
             pool = (
                 [i for i in pool if i not in chosen and i != item]
                 or [i for i in range(len(self)) if i not in chosen and i != item]

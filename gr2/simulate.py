@@ -1,8 +1,9 @@
 """A simulated marketplace with known relevance, seeded, one day at a time, any size.
 
-Users have tastes that drift, items have text and complements; a logging policy with a stale idea of the tastes draws slates (Plackett-Luce),
-people look at slots less the further down they stand, click what they look at in proportion to its relevance, and buy some of what they clicked.
-What somebody chose makes its complements more relevant on the following days. Logs arrive late, twice or broken now and then.
+Users have tastes that drift, items have text and complements; a logging policy with a stale idea of the tastes draws slates
+(Plackett-Luce), people look at slots less the further down they stand, click what they look at in proportion to its relevance, and buy
+some of what they clicked. What somebody chose makes its complements more relevant on the following days. Logs arrive late, twice or
+broken now and then.
 
 Day numbers count from 0 (`simulator.start`). A day's draws are seeded by its number; what a day needs to know of the days before (tastes,
 recent choices, late lines) is replayed, so that any day can be made on its own and equals what a run over all days gives.
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gr2.catalogue import DIM, STYLES, TYPES, Catalogue, item_name, unit
+from gr2.catalogue import DIM, RING, STYLES, TYPES, Catalogue, item_name, unit
 from gr2.config import Simulator
 from gr2.errors import ConfigError, InputError
 
@@ -59,7 +60,7 @@ class Market:
         interests = rng.integers(len(TYPES), size=(users, 3))
         self.taste_UD = unit(
             self.catalogue.types[interests].sum(1)
-            + self.catalogue.departments[interests[:, 0] // 8]
+            + self.catalogue.departments[interests[:, 0] // RING]
             + 0.6 * self.catalogue.styles[rng.integers(len(STYLES), size=users)]
             + 0.4 * rng.normal(size=(users, DIM))
         )
@@ -169,7 +170,7 @@ def plackett_luce(logit_RN: np.ndarray, slots: int, rng: np.random.Generator) ->
 
 
 def market_at(settings: Simulator, seed: int, day: int) -> Market:
-    """The marketplace at the start of day number `day`, replayed from day 0: `market_at(s, seed, 5).relevance(users)` is the truth of day 5."""
+    """The marketplace at the start of day number `day`, replayed: `market_at(s, seed, 5).relevance(users)` is the truth of day 5."""
     market = Market(settings, seed)
     while market.day < day:
         market.step()
@@ -276,7 +277,7 @@ def item_lines(catalogue: Catalogue, settings: Simulator, seed: int, day: int) -
 def write_days(settings: Simulator, seed: int, folder: Path, days: Iterable[dt.date], truth: Path | None = None) -> list[dt.date]:
     """Writes `folder/day=YYYY-MM-DD/{events,items}.jsonl.gz` of those `days` that are not there yet; days returned were written.
 
-    With `truth`, also `truth/day=YYYY-MM-DD.jsonl.gz`: per request the items shown, their true relevance and examination; no stage reads it.
+    `truth` gets `truth/day=YYYY-MM-DD.jsonl.gz`: per request the items shown, their true relevance and examination. No stage reads it.
     Raises InputError for a day outside the simulated ones, ConfigError if the folder was made with other settings or another seed.
     """
     start, last = dt.date.fromisoformat(settings.start), settings.days - 1

@@ -9,6 +9,7 @@ Rows in = new rows published + duplicates + rows refused; the sum is checked fro
 """
 
 import time
+from typing import Any
 
 from pyspark import StorageLevel
 from pyspark.sql import Column, DataFrame, Window
@@ -31,7 +32,10 @@ PERIODS = {"day": "yyyy-MM-dd", "month": "yyyy-MM", "year": "yyyy"}
 
 
 def run(cfg: Config, ctx: Context) -> Result:
-    """Ingests the day of --date, or all there is. Raises InputError for an unreadable file, AuditError for a broken sum or too many refusals."""
+    """Ingests the day of --date, or all there is.
+
+    Raises InputError for an unreadable file, AuditError for a broken sum or too many refusals.
+    """
     if cfg.data.source == "simulator":
         started = time.monotonic()
         written = simulate.write_days(cfg.simulator, cfg.seed, ctx.raw_path(), readers.known_days(ctx), ctx.root / "truth")
@@ -176,7 +180,7 @@ def _ingest(cfg: Config, ctx: Context, judged: DataFrame, names: list[str]) -> R
         if c["reason"] is not None:
             reasons[c["reason"]] = reasons.get(c["reason"], 0) + c["n"]
     empty = sorted(set(names) - {c["source_file"] for c in counts})
-    detail = {"files": len(names), "reasons": dict(sorted(reasons.items())), "unknown_columns": {}, "empty_files": empty}
+    detail: dict[str, Any] = {"files": len(names), "reasons": dict(sorted(reasons.items())), "unknown_columns": {}, "empty_files": empty}
     if empty:
         ctx.log(f"events: no rows in {', '.join(empty[:5])}{' ...' if len(empty) > 5 else ''}")
     if rows_in == 0:

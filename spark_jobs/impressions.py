@@ -24,7 +24,7 @@ def run(cfg: Config, ctx: Context) -> Result:
     if not published:
         ctx.log("impressions: the source logs no requests; the table is empty")
     table = read(ctx, "impressions")
-    clicks, purchases, requests = table.agg(F.count_if("click"), F.count_if("purchase"), F.count_if(F.col("position") == 1)).first()
+    clicks, purchases, requests = table.agg(F.count_if("click"), F.count_if("purchase"), F.count_if(F.col("position") == 1)).collect()[0]
     return Result(rows_in=rows_in, rows_out=published, detail={"requests": requests, "clicks": clicks, "purchases": purchases})
 
 

@@ -5,10 +5,10 @@ Writes  `interactions` (one deduplicated, sessionised interaction; user_id, ordi
 Rerun   both tables are replaced; they depend on the events alone, not on the day of the run, so backfills in any order end alike.
 Run     gr2 stage interactions --profile demo
 
-A user's order is the source's own where it has one, else the time. Of several events with one item in one session the strongest stands
-(purchase > click > review). Splits: `leave_one_out` counts from the user's end (test, valid, rerank), `time` cuts the days from the first to the
-last one by `data.windows`. In both, a user's first interaction stays in `pretrain` under leave-one-out, since a target needs a history: with 3
-interactions there is no rerank target, with 2 only a test target, with 1 none.
+A user's order is the source's own where it has one, else the time. Of several events with one item in one session the strongest
+stands (purchase > click > review). Splits: `time` cuts the days from the first to the last one by `data.windows`; `leave_one_out` counts
+from the user's end (test, valid, rerank), but a user's first interaction always stays in `pretrain`, since a target needs a history:
+with 3 interactions there is no rerank target, with 2 only a test target, with 1 none.
 """
 
 from pyspark import StorageLevel
@@ -88,7 +88,7 @@ def with_split(ordered: DataFrame, data: Data) -> DataFrame:
         targets = F.create_map(*(F.lit(v) for pair in named.items() for v in pair))
         target = F.when(F.col("ordinal") > 1, targets[F.col("from_end")])
         return ordered.withColumn("split", F.coalesce(target, F.lit("pretrain")))
-    first, last = ordered.where("day_known").agg(F.min("event_date"), F.max("event_date")).first()
+    first, last = ordered.where("day_known").agg(F.min("event_date"), F.max("event_date")).collect()[0]
     if first is None:
         return ordered.withColumn("split", F.lit("pretrain"))
     days = (last - first).days + 1
@@ -101,7 +101,10 @@ def with_split(ordered: DataFrame, data: Data) -> DataFrame:
 
 
 def shuffled_days(split: DataFrame, seed: int) -> DataFrame:
-    """Reorders the train prefix inside each known day by a seeded hash: a source may list a day in an order that is not time. Targets never move."""
+    """Reorders the train prefix inside each known day by a seeded hash, since a source may list a day in an order that is not time.
+
+    Targets never move, nor does what has no known day.
+    """
     order = Window.partitionBy("user_id").orderBy("ordinal")
     fixed = (F.col("split") != "pretrain") | ~F.col("day_known")
     starts = F.coalesce((F.col("event_date") != F.lag("event_date").over(order)) | fixed | F.lag(fixed).over(order), F.lit(True))

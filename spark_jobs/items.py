@@ -1,6 +1,6 @@
 """Stage `items`: the catalogue, with the text that models read.
 
-Reads   `items.jsonl.gz` of all simulated days up to the processed one (or of the Amazon 2014 folder), and `events` for items that have no metadata.
+Reads   `items.jsonl.gz` of every simulated day that is there, or of the Amazon 2014 folder; `events`, for items that have no metadata.
 Writes  `items` (one item; item_id), `quarantine` (one refused row; quarantine_id).
 Rerun   the whole table is replaced; equal content makes no new version.
 Run     gr2 stage items --profile demo
@@ -40,7 +40,7 @@ def run(cfg: Config, ctx: Context) -> Result:
         distinct = described.count()
         bare = bare_items(read(ctx, "events"), described, known_days=simulated)
         published = publish(ctx, "items", described.unionByName(bare))
-        without_text = ctx.spark.read.format("delta").load(str(ctx.table_path("items"))).where(~F.col("has_text")).count()
+        without_text = len(ctx.lake.read("items", ["item_id"], has_text=False))
         described.unpersist()
     finally:
         judged.unpersist()
@@ -85,7 +85,7 @@ def _nothing() -> Column:
 
 
 def to_items(frame: DataFrame, known_days: bool) -> DataFrame:
-    """Accepted rows in the contract of `items`; of several rows of one item the latest file's stands, `first_seen` is the first file's day."""
+    """Accepted rows in the contract of `items`; of several rows of one item the latest file's stands."""
     latest = F.struct("source_file", "record", "title", "brand", "category_list", "price_value", "text_id")
     one = frame.groupBy("item_id").agg(F.max(latest).alias("row"), F.min("ingest_date").alias("day")).select("item_id", "row.*", "day")
     plain = one.withColumns(

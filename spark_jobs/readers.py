@@ -28,7 +28,10 @@ RECORD = 500  # characters that quarantine keeps
 
 
 def files(root: Path, patterns: list[str], required: bool = True) -> list[Path]:
-    """Files under `root` that match, in order. Raises InputError for none at all, for one that leads out of the root, or for one of zero bytes."""
+    """Files under `root` that match, in order.
+
+    Raises InputError for none at all, for one that leads out of the root, or for one of zero bytes.
+    """
     inside, found = root.resolve(), sorted({p for pattern in patterns for p in root.glob(pattern)})
     for path in found:
         if not path.resolve().is_relative_to(inside):
@@ -141,7 +144,8 @@ def keep_refused(ctx: Context, frame: DataFrame, target: str, reasons: dict[str,
     limit = ctx.cfg.data.max_quarantine_share
     if bad > limit * rows_in:
         raise AuditError(
-            f"{target}: {bad} of {rows_in} rows refused, more than data.max_quarantine_share = {limit}: {reasons}; nothing published, see table quarantine"
+            f"{target}: {bad} of {rows_in} rows refused, more than data.max_quarantine_share = {limit}: {reasons}; "
+            "nothing published; the rows are in table quarantine"
         )
 
 
