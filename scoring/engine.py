@@ -21,8 +21,8 @@ from gr2.prompts import View
 class Ask:
     """One request. `prompt` is the whole text that the model goes on from (chat template and prefill included).
 
-    `messages`: the same as chat messages, for services that apply the template themselves. `view` and `target` (an item id; targeted
-    mode only) are what the prompt shows, as data: only a program reads them. `top_p` 1 samples from the model's own distribution.
+    `messages`: the same as chat messages, for services that apply the template themselves. `view`, `target` (an item id; targeted mode
+    only) and `user` are the request as data: only a program reads them. `top_p` 1 samples from the model's own distribution.
     """
 
     key: str
@@ -34,6 +34,7 @@ class Ask:
     stop: tuple[str, ...] = ()
     view: View | None = None
     target: str | None = None
+    user: str = ""
     messages: tuple[Mapping[str, str], ...] = ()
 
 

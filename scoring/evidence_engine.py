@@ -1,0 +1,192 @@
+"""The evidence teacher: a program, not a language model. It ranks by the evidence tables; its rationale follows from its ranking.
+
+It says what it is everywhere: its name is `evidence:1`. A ranking is a draw from a conditional logit (McFadden 1974; with Gumbel noise a
+Plackett-Luce draw, Yellott 1977): score = w . features + temperature * Gumbel. The weights are fitted on the re-ranker's own training
+lists in two folds of users, so that no list of a user taught the weights which rank that user's lists.
+
+In the targeted mode the target's score gets a boost and the rationale is written for the boosted order: post hoc, as a model's would be.
+
+Shapes: R lists, N candidates of the longest list, F features.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gr2.errors import EngineError
+from gr2.prompts import Template, compose_thought, format_answer, format_thought
+from scoring.engine import Answer, Ask, failed, seed_of
+
+Floats = NDArray[np.float64]
+NAME = "evidence:1"
+FOLDS = 2
+RIDGE = 4.0  # of the standardised weights, against the sum over lists
+BOOST = 8.0  # of the target's score in the targeted mode: it nearly always comes first
+PLACES = 20  # incoming places with a weight of their own
+# Counts and weights: log, presence, and whether it is the list's largest. The second name is how prompts call the feature.
+COUNTS = {"pair_next": "next", "pair_last": "pair", "pair_sum": "ever", "pair_max": "ever", "lift_max": "lift", "recent": "pop"}
+DEGREES = {"same_brand": "brand", "category_overlap": "kind", "text_similarity": "like", "text_similarity_max": "like"}
+NEED, PATTERN = ("next", "pair", "ever", "lift", "like"), ("brand", "kind", "pop")
+
+
+# -- features ---------------------------------------------------------------------------------------------------------
+
+
+def columns_of() -> tuple[str, ...]:
+    """Columns of `candidate_features` that the program reads, in the order of `design`'s last axis."""
+    return ("incoming_rank", "prior_gap", *COUNTS, *DEGREES, "popularity", "price_ratio", "days_since_seen")
+
+
+def design(raw_RNC: Floats, there_RN: NDArray[np.bool_]) -> tuple[Floats, list[str]]:
+    """(R, N, F) features of lists from raw columns (`columns_of`), and for each the name under which a rationale cites it ("" for none).
+
+    NaN, what is unknown, counts as zero. Besides values in logs there are comparisons within the list: a ranking is about differences.
+    """
+    raw = dict(zip(columns_of(), np.moveaxis(np.nan_to_num(raw_RNC), 2, 0), strict=True))
+    parts: list[tuple[Floats, str]] = []
+    place_RN = raw["incoming_rank"]
+    parts += [(1.0 / np.maximum(place_RN, 1.0), "prior"), (np.log(np.maximum(place_RN, 1.0)), "prior")]
+    parts += [((place_RN == place).astype(np.float64), "prior") for place in range(1, PLACES + 1)]
+    gap_RN = np.maximum(raw["prior_gap"], 0.0)
+    parts += [(gap_RN, "gap"), (np.log1p(gap_RN), "gap")]
+    for column, cited in COUNTS.items():
+        value_RN = np.maximum(raw[column], 0.0)
+        parts += [(np.log1p(value_RN), cited), (np.sqrt(value_RN), cited), ((value_RN > 0).astype(np.float64), cited)]
+        parts.append((_largest(value_RN, there_RN), cited))
+    for column, cited in DEGREES.items():
+        parts += [(raw[column], cited), (raw[column] ** 2, cited), (_largest(raw[column], there_RN), cited)]
+    age_RN = raw["days_since_seen"]
+    parts += [(raw["popularity"], "pop"), (np.abs(np.log(np.maximum(raw["price_ratio"], 1e-3))), "")]
+    parts += [(np.log1p(np.maximum(age_RN, 0.0)), ""), ((age_RN < 0).astype(np.float64), "")]
+    return np.stack([values for values, _ in parts], axis=2), [cited for _, cited in parts]
+
+
+def _largest(values_RN: Floats, there_RN: NDArray[np.bool_]) -> Floats:
+    """1 where a positive value is its list's largest."""
+    top_R1 = np.where(there_RN, values_RN, -np.inf).max(axis=1, keepdims=True)
+    return ((values_RN == top_R1) & (values_RN > 0)).astype(np.float64)
+
+
+# -- weights ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """Fitted weights, one row a fold: row f was fitted on the users of the other fold. `center`, `scale`: of the standardised features."""
+
+    weights_KF: Floats
+    center_F: Floats
+    scale_F: Floats
+
+    def scores(self, raw_NC: Floats, fold: int) -> tuple[Floats, Floats]:
+        """(N,) scores of one list and (N, F) what each feature added."""
+        features_NF = design(raw_NC[None], np.ones((1, len(raw_NC)), dtype=bool))[0][0]
+        added_NF = (features_NF - self.center_F) / self.scale_F * self.weights_KF[fold]
+        return added_NF.sum(axis=1), added_NF
+
+
+def fold_of(user: str) -> int:
+    """The fold of a user."""
+    return seed_of("fold", user) % FOLDS
+
+
+def fit(raw_RNC: Floats, there_RN: NDArray[np.bool_], grades_RN: Floats, folds_R: NDArray[np.int64], ridge: float = RIDGE) -> Program:
+    """Fits both folds: each on the lists of the other one's users that hold something relevant.
+
+    `grades_RN`: relevance; lists with several relevant items share their weight. Raises EngineError where a fold has nothing to learn from.
+    """
+    features_RNF, _ = design(raw_RNC, there_RN)
+    seen_XF = features_RNF[there_RN]
+    center_F, scale_F = seen_XF.mean(axis=0), seen_XF.std(axis=0)
+    scale_F = np.where(scale_F > 1e-9, scale_F, 1.0)
+    standard_RNF = (features_RNF - center_F) / scale_F
+    relevant_RN = np.where(there_RN, np.maximum(grades_RN, 0.0), 0.0)
+    share_RN = relevant_RN / np.maximum(relevant_RN.sum(axis=1, keepdims=True), 1e-12)
+    rows = []
+    for fold in range(FOLDS):
+        taught = (folds_R != fold) & (relevant_RN.sum(axis=1) > 0)
+        if not taught.any():
+            raise EngineError(
+                "the evidence teacher has no list with a target to learn from: it needs requests of split rerank of several users"
+            )
+        rows.append(_conditional_logit(standard_RNF[taught], there_RN[taught], share_RN[taught], ridge))
+    return Program(np.stack(rows), center_F, scale_F)
+
+
+def _conditional_logit(features_RNF: Floats, there_RN: NDArray[np.bool_], share_RN: Floats, ridge: float) -> Floats:
+    """Weights that maximise sum_r sum_n share_rn * log softmax_n(w . x_rn) - ridge / 2 * |w|^2."""
+    from scipy.optimize import minimize
+
+    def loss(weights_F: Floats) -> tuple[float, Floats]:
+        scores_RN = np.where(there_RN, features_RNF @ weights_F, -np.inf)
+        scores_RN = scores_RN - scores_RN.max(axis=1, keepdims=True)
+        log_RN = scores_RN - np.log(np.exp(scores_RN).sum(axis=1, keepdims=True))
+        gain = float((share_RN * np.where(there_RN, log_RN, 0.0)).sum())
+        slope_F = np.einsum("rn,rnf->f", np.exp(log_RN) - share_RN, features_RNF)
+        return 0.5 * ridge * float(weights_F @ weights_F) - gain, slope_F + ridge * weights_F
+
+    found = minimize(loss, np.zeros(features_RNF.shape[2]), jac=True, method="L-BFGS-B", options={"maxiter": 300})
+    return np.asarray(found.x, dtype=np.float64)
+
+
+# -- the engine -------------------------------------------------------------------------------------------------------
+
+
+class EvidenceEngine:
+    """Answers asks that carry their `view` and `user`; the prompt is not read. `template`: whose words a rationale may use."""
+
+    def __init__(self, program: Program, template: Template, name: str = NAME) -> None:
+        self.name = name
+        self._program, self._template = program, template
+        self._cited = design(np.zeros((1, 1, len(columns_of()))), np.ones((1, 1), dtype=bool))[1]
+
+    def generate(self, asks: Sequence[Ask]) -> list[Answer]:
+        """One draw an ask. An ask without view or user, or whose target is not listed, fails alone. No tokens are read or written."""
+        answers = []
+        for ask in asks:
+            started = time.monotonic()
+            try:
+                text = self._write(ask)
+                answers.append(Answer(ask.key, text, seconds=time.monotonic() - started))
+            except (ValueError, KeyError, TypeError) as error:
+                answers.append(failed(ask, error, time.monotonic() - started))
+        return answers
+
+    def label_logprobs(self, prompts: Sequence[str], labels: Sequence[str]) -> NDArray[np.float32]:
+        """A program has no token probabilities: raises EngineError."""
+        raise EngineError("the evidence teacher is a program and has no token probabilities: use a model, such as the trained teacher")
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+    def _write(self, ask: Ask) -> str:
+        if ask.view is None or not ask.user:
+            raise ValueError("the evidence teacher needs the ask's view and user")
+        view = ask.view
+        scores_N, added_NF = self._program.scores(_raw(view.candidates), fold_of(ask.user))
+        if ask.target is not None:
+            scores_N[[c.item_id for c in view.candidates].index(ask.target)] += BOOST
+        noise_N = np.random.default_rng(ask.seed).gumbel(size=len(scores_N))
+        order = np.argsort(-(scores_N + ask.temperature * noise_N), kind="stable")
+        ranking = [view.labels[place] for place in order]
+        ahead_F = added_NF[order[0]] - added_NF.mean(axis=0)  # what puts the leader ahead of a usual candidate
+        strength: dict[str, float] = {}
+        for cited, value in zip(self._cited, ahead_F, strict=True):
+            strength[cited] = strength.get(cited, 0.0) + float(value)
+        need, pattern = (sorted((n for n in names if strength[n] > 0), key=lambda n: -strength[n]) for names in (NEED, PATTERN))
+        thought = compose_thought(view, ranking, pattern, need, self._template)
+        return format_thought(thought) + format_answer(ranking)
+
+
+def _raw(candidates: Sequence[Any]) -> Floats:
+    """(N, C) raw columns of a view's candidates; NaN where unknown."""
+    return np.array([[_number(c.features, name) for name in columns_of()] for c in candidates], dtype=np.float64)
+
+
+def _number(features: Mapping[str, Any], name: str) -> float:
+    value = features.get(name)
+    return float("nan") if value is None else float(value)

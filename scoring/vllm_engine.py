@@ -1,0 +1,213 @@
+"""vLLM in this process: batched generation, label scoring, and weights that follow a trainer.
+
+    engine = VLLMEngine(artifact.path, cfg.scoring, name=f"vllm:{artifact.id}")
+
+The engine lives in the caller's process (no worker processes: a start takes seconds, and weights can be pushed). It makes
+`torch.set_num_threads` a no-op there, so set threads before. Nothing of a generation config is used: what an Ask does not say is vLLM's
+own neutral default. Log-probabilities are of the distribution that was sampled from: after temperature and top-p.
+
+Shapes: B prompts, Y labels.
+"""
+
+import gc
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gr2.config import Scoring
+from gr2.errors import EngineError, ModelError
+from scoring.engine import Answer, Ask, failed
+from scoring.model import encode_all, label_ids, load
+
+NEUTRAL = "vllm"  # the generation config of vLLM itself: whatever a model folder says about sampling is not read
+
+
+class VLLMEngine:
+    """One model, loaded once. `path`: a folder that `scoring.model.save` wrote, or any Hugging Face causal LM.
+
+    Raises EngineError where vLLM is not installed or the model cannot be served, ModelError for labels that are not single tokens.
+    """
+
+    def __init__(self, path: Path | str, settings: Scoring, name: str = "", max_len: int | None = None, seed: int = 0) -> None:
+        _environment(settings)
+        try:
+            from vllm import LLM
+        except ImportError as error:
+            raise EngineError(f"vLLM cannot be imported ({error}): install the extra `cpu` or `gpu`") from None
+        self.name = name or f"vllm:{Path(path).name}"
+        try:
+            self._llm = LLM(
+                model=str(path),
+                dtype=settings.dtype,
+                seed=seed,
+                max_model_len=max_len,
+                enforce_eager=True,
+                enable_prefix_caching=True,
+                trust_remote_code=False,
+                load_format="safetensors",
+                generation_config=NEUTRAL,
+                logprobs_mode="processed_logprobs",
+                max_logprobs=32,
+                disable_log_stats=True,
+            )
+        except (RuntimeError, ValueError, OSError) as error:
+            raise EngineError(f"vLLM cannot serve {path}: {error}") from error
+        self._tokenizer: Any = self._llm.get_tokenizer()
+        self._limit = int(self._llm.model_config.max_model_len)
+        self._labels: dict[tuple[str, ...], list[int]] = {}
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer, with which callers render prompts."""
+        return self._tokenizer
+
+    def generate(self, asks: Sequence[Ask]) -> list[Answer]:
+        """One answer an ask. A prompt that is empty or leaves no room fails alone; a batch that breaks is retried one by one.
+
+        Raises EngineError where none of several succeeds.
+        """
+        prompts = encode_all(self._tokenizer, [a.prompt for a in asks])
+        answers: dict[int, Answer] = {}
+        for place, (ask, ids) in enumerate(zip(asks, prompts, strict=True)):
+            if problem := self._problem(ids, ask.max_tokens):
+                answers[place] = failed(ask, problem)
+        fine = [i for i in range(len(asks)) if i not in answers]
+        made = self._batch([asks[i] for i in fine], [prompts[i] for i in fine])
+        if len(made) > 1 and all(a.error for a in made):
+            raise EngineError(f"vLLM fails on every request: {made[0].error}")
+        answers |= dict(zip(fine, made, strict=True))
+        return [answers[i] for i in range(len(asks))]
+
+    def label_logprobs(self, prompts: Sequence[str], labels: Sequence[str]) -> NDArray[np.float32]:
+        """(B, Y) log-probability of each label as the next token; one prefill a prompt. NaN where a prompt cannot be read."""
+        from vllm import SamplingParams
+
+        wanted = self._label_ids(labels)
+        ids = encode_all(self._tokenizer, list(prompts))
+        fine = [i for i in range(len(ids)) if not self._problem(ids[i], 1)]
+        result_BY = np.full((len(prompts), len(labels)), np.nan, dtype=np.float32)
+        params = SamplingParams(max_tokens=1, temperature=1.0, seed=0, logprob_token_ids=wanted, detokenize=False)
+        for place, output in zip(fine, self._run([ids[i] for i in fine], params), strict=True):
+            found = output.outputs[0].logprobs[0]
+            result_BY[place] = [found[token].logprob for token in wanted]
+        return result_BY
+
+    def push_weights(self, model: Any) -> None:
+        """Takes over a trainer's weights (same architecture) and forgets cached prefixes.
+
+        vLLM packs matrices for the CPU when it loads them. Reloading packs them again, except a head that is tied to the embeddings:
+        that one is packed by hand, else it stays stale without a word.
+        """
+        tied = bool(model.config.tie_word_embeddings)
+        weights = ((k, v.detach()) for k, v in model.state_dict().items() if not (tied and k == "lm_head.weight"))
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        if tied:
+            self._llm.apply_model(_repack_head)
+        if not self._llm.reset_prefix_cache():
+            raise EngineError("the prefix cache could not be emptied after new weights: requests are still running")
+
+    def load_weights(self, path: Path | str, name: str = "") -> None:
+        """Becomes another model of the same architecture and vocabulary, in a fraction of a start. Raises ModelError where they differ."""
+        model, tokenizer = load(path)
+        if tokenizer.get_vocab() != self._tokenizer.get_vocab():
+            raise ModelError(f"{path} has another vocabulary than the engine's model")
+        mine = self._llm.model_config.hf_config
+        if any(
+            getattr(mine, k) != getattr(model.config, k) for k in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+        ):
+            raise ModelError(f"{path} has another architecture than the engine's model")
+        self.push_weights(model)
+        self.name = name or f"vllm:{Path(path).name}"
+
+    def close(self) -> None:
+        """Gives the model and its cache back."""
+        if self.__dict__.pop("_llm", None) is not None:
+            gc.collect()
+
+    # -- one batch ------------------------------------------------------------------------------------------------
+
+    def _problem(self, ids: list[int], room: int) -> str:
+        if not ids:
+            return "the prompt is empty"
+        if len(ids) + room > self._limit:
+            return f"the prompt has {len(ids)} tokens and {room} more are asked for; the model holds {self._limit}"
+        return ""
+
+    def _batch(self, asks: list[Ask], prompts: list[list[int]]) -> list[Answer]:
+        started = time.monotonic()
+        try:
+            outputs = self._run(prompts, [_params(ask) for ask in asks])
+        except (RuntimeError, ValueError, TypeError) as error:
+            if len(asks) == 1:
+                return [failed(asks[0], error)]
+            return [self._batch([ask], [ids])[0] for ask, ids in zip(asks, prompts, strict=True)]
+        share = (time.monotonic() - started) / max(len(asks), 1)
+        return [_answer(ask, output, share) for ask, output in zip(asks, outputs, strict=True)]
+
+    def _run(self, prompts: list[list[int]], params: Any) -> list[Any]:
+        if not prompts:
+            return []
+        return list(self._llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False))
+
+    def _label_ids(self, labels: Sequence[str]) -> list[int]:
+        key = tuple(labels)
+        if key not in self._labels:
+            self._labels[key] = label_ids(self._tokenizer, labels)
+        return self._labels[key]
+
+
+def _environment(settings: Scoring) -> None:
+    """What vLLM reads when it is imported; what the user set is kept."""
+    defaults = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_KVCACHE_SPACE": str(settings.kv_cache_gib),
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def _params(ask: Ask) -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        max_tokens=ask.max_tokens,
+        temperature=ask.temperature,
+        top_p=ask.top_p,
+        seed=ask.seed,
+        stop=list(ask.stop) or None,
+        include_stop_str_in_output=True,
+        logprobs=0,  # of the sampled token only
+        skip_special_tokens=True,
+        spaces_between_special_tokens=False,
+    )
+
+
+def _answer(ask: Ask, output: Any, seconds: float) -> Answer:
+    made = output.outputs[0]
+    ids = tuple(made.token_ids)
+    return Answer(
+        key=ask.key,
+        text=made.text,
+        prompt_tokens=len(output.prompt_token_ids),
+        completion_tokens=len(ids),
+        token_ids=ids,
+        logprobs=tuple(step[token].logprob for step, token in zip(made.logprobs, ids, strict=True)),
+        prompt_token_ids=tuple(output.prompt_token_ids),
+        seconds=seconds,
+        finish=str(made.finish_reason),
+    )
+
+
+def _repack_head(model: Any) -> None:
+    head = model.lm_head
+    head.quant_method.process_weights_after_loading(head)
