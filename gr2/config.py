@@ -172,7 +172,7 @@ class Midtrain(Section):
     title_words: Positive = 8  # words of a title that a text task says
     history_items: Positive = 24  # longest window; a longer history is cut into windows that overlap by half
     item_dropout: Share = 0.1  # share of items left out of a history, drawn anew each epoch
-    held_out: Share = 0.02  # users whose histories are not trained on but give the held-out loss; 0: none, and no held-out loss
+    held_out: Positive = 512  # users whose items in the rerank split, which fit `train` does not hold, give the held-out loss
 
 
 class Candidates(Section):

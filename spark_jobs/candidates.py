@@ -1,0 +1,281 @@
+"""Stage `candidates`: the lists that the re-ranker gets, one a request, and the evidence of each candidate.
+
+Reads    `interactions`, `semantic_ids`, the models `midtrain` (requests of rerank and valid) and `midtrain-refit` (test); with
+         candidates.source = log `interactions` and `impressions` instead. Then evidence and items, for the features.
+Writes   `candidates`: one request; key request_id. `candidate_features`: one candidate of a request; key request_id, item_id.
+Rerun    requests are drawn by hash, beams are exact, both tables are replaced whole: equal inputs give equal content.
+
+Every target is ranked by a pre-ranker that did not train on it (DESIGN section 4). The history is all that the user chose before the
+target; its items are never candidates, and a target that stands in its own history is no request. Leave-one-out gives one request per
+user and split, the time protocol up to data.max_requests_per_user, there also without items first known after the request's day.
+
+Spark cuts the requests; the beams run in this process, in chunks of candidates.batch requests of like length: torch uses all cores, so
+a pool of Python workers would only hold more copies of the model.
+
+    gr2 stage candidates --profile demo
+"""
+
+import datetime as dt
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from pyspark.sql import Column, DataFrame
+from pyspark.sql import functions as F
+from pyspark.sql.window import Window
+
+from gr2.config import Config
+from gr2.context import Context, Result
+from gr2.errors import ConfigError, InputError
+from gr2.sids import Trie
+from schemas import get
+from spark_jobs.features import with_features
+from spark_jobs.publish import publish
+from spark_jobs.session import frame_of, read
+
+SPLITS = ("rerank", "valid", "test")
+FIT = {"rerank": "train", "valid": "train", "test": "refit"}
+MODEL = {"train": "midtrain", "refit": "midtrain-refit"}
+REQUEST = ("request_id", "split", "user_id", "as_of", "history_ids", "history_days", "target_id", "slice", "seen_ids")
+
+
+def run(cfg: Config, ctx: Context) -> Result:
+    """Builds both tables. Raises InputError if no split has a request."""
+    interactions = read(ctx, "interactions")
+    if cfg.candidates.source == "log":
+        frame = logged(cfg, interactions, read(ctx, "impressions"))
+    else:
+        table = beamed(cfg, ctx, sampled(requests(cfg, interactions), cfg).toArrow())
+        if not table.num_rows:
+            raise InputError("no user has a target beyond the pretrain split: there is nothing to re-rank in these data")
+        frame = frame_of(ctx, table)
+    rows = publish(ctx, "candidates", frame)
+    features = publish(ctx, "candidate_features", with_features(ctx, read(ctx, "candidates")))
+    detail = ceilings(ctx)
+    ctx.log(f"candidates: {detail}")
+    return Result(rows_in=rows, rows_out=rows + features, detail=detail)
+
+
+# -- requests ---------------------------------------------------------------------------------------------------------
+
+
+def requests(cfg: Config, interactions: DataFrame) -> DataFrame:
+    """Targets beyond the pretrain split with all that lies before them: the columns of REQUEST.
+
+    `history_ids` is cut to the last data.max_history items, `seen_ids` is not. A request needs a history that lacks its target.
+    """
+    step = F.struct("ordinal", "item_id", "event_date", "day_known", "split")
+    users = interactions.groupBy("user_id").agg(F.sort_array(F.collect_list(step)).alias("steps"))
+    each = users.select("user_id", "steps", F.posexplode("steps").alias("place", "target")).where(F.col("target.split").isin(*SPLITS))
+    before = each.withColumn("before", F.slice("steps", 1, F.col("place"))).withColumn("last", F.try_element_at("before", F.lit(-1)))
+    fresh = before.where((F.col("place") > 0) & ~F.array_contains("before.item_id", F.col("target.item_id")))
+    kept = fresh.withColumn("kept", _tail("before", cfg.data.max_history))
+    split = F.col("target.split")
+    rows = kept.select(
+        F.concat_ws(":", split, "user_id", F.col("target.ordinal").cast("string")).alias("request_id"),
+        split.alias("split"),
+        "user_id",
+        F.col("target.event_date").alias("as_of"),
+        F.col("kept.item_id").alias("history_ids"),
+        F.transform("kept.event_date", lambda day: F.datediff(F.col("target.event_date"), day)).alias("history_days"),
+        F.col("target.item_id").alias("target_id"),
+        slice_of(F.col("target.event_date"), F.col("last.event_date"), F.col("target.day_known") & F.col("last.day_known")).alias("slice"),
+        F.array_distinct("before.item_id").alias("seen_ids"),
+    )
+    most = 1 if cfg.data.protocol == "leave_one_out" else cfg.data.max_requests_per_user
+    return _first_of(rows, ["split", "user_id"], most, cfg.seed).select(*REQUEST)
+
+
+def sampled(rows: DataFrame, cfg: Config) -> DataFrame:
+    """A seeded sample of each split, as candidates.max_requests (and max_rerank) say; sorted, so that no partition shows."""
+    chosen = cfg.candidates
+    for split in SPLITS:
+        most = (chosen.max_rerank or chosen.max_requests) if split == "rerank" else chosen.max_requests
+        if most:
+            ranked = F.row_number().over(_seeded(["split"], cfg.seed))
+            rows = rows.withColumn("draw", ranked).where((F.col("split") != split) | (F.col("draw") <= most)).drop("draw")
+    return rows.orderBy("request_id")
+
+
+def slice_of(target_day: Column, last_day: Column, known: Column) -> Column:
+    """same_day, later_day or unknown_day: time between the target and the item before."""
+    within = F.when(target_day == last_day, F.lit("same_day")).otherwise(F.lit("later_day"))
+    return F.when(F.coalesce(known, F.lit(False)), within).otherwise(F.lit("unknown_day"))
+
+
+def _tail(array: str, count: int) -> Column:
+    return F.slice(array, F.greatest(F.size(array) - count, F.lit(0)) + 1, count)
+
+
+def _seeded(partition: list[str], seed: int) -> Any:
+    return Window.partitionBy(*partition).orderBy(F.xxhash64(F.lit(seed), "request_id"), "request_id")
+
+
+def _first_of(rows: DataFrame, partition: list[str], most: int, seed: int) -> DataFrame:
+    return rows.withColumn("draw", F.row_number().over(_seeded(partition, seed))).where(F.col("draw") <= most).drop("draw")
+
+
+# -- lists of an impression log ---------------------------------------------------------------------------------------
+
+
+def logged(cfg: Config, interactions: DataFrame, impressions: DataFrame) -> DataFrame:
+    """Slates of the log with at least one click, in the contract's columns: incoming order is reading order, grades are the log's.
+
+    A slate belongs to the split whose window its day lies in. Raises ConfigError under leave-one-out, which cuts no days.
+    """
+    if cfg.data.protocol != "time":
+        raise ConfigError("candidates.source=log needs data.protocol=time: a logged slate belongs to a window of days")
+    windows = interactions.groupBy("split").agg(F.max("event_date").alias("until"))
+    slate = F.sort_array(F.collect_list(F.struct("position", "item_id", "grade")))
+    slates = impressions.groupBy("request_id", "user_id").agg(
+        F.min("request_time").alias("at"), F.min("event_date").alias("as_of"), F.slice(slate, 1, cfg.candidates.n).alias("slate")
+    )
+    clicked = slates.where(F.exists("slate.grade", lambda grade: grade > 0))
+    dated = clicked.join(F.broadcast(windows), on=F.col("as_of") <= F.col("until"), how="left").withColumn(
+        "order", F.array_position(F.array(*(F.lit(s) for s in ("pretrain", *SPLITS))), F.coalesce("split", F.lit("test")))
+    )
+    split = dated.groupBy("request_id").agg(F.min_by("split", "order").alias("split"))  # the first window that ends on the day or later
+    rows = (
+        clicked.join(split, on="request_id", how="inner")
+        .withColumn("split", F.coalesce("split", F.lit("test")))
+        .where(F.col("split").isin(*SPLITS))
+    )
+    drawn = _first_of(rows, ["split", "user_id"], cfg.data.max_requests_per_user, cfg.seed)
+    return _as_contract(sampled(_with_history(cfg, drawn, interactions), cfg))
+
+
+def _with_history(cfg: Config, rows: DataFrame, interactions: DataFrame) -> DataFrame:
+    """Adds what the user chose before the slate was shown; slates of users without a history stay out."""
+    acts = interactions.select("user_id", "ordinal", F.col("item_id").alias("history_item"), "event_time", "event_date", "day_known")
+    earlier = rows.join(acts, on="user_id", how="inner").where(F.col("event_time") < F.col("at"))
+    step = F.sort_array(F.collect_list(F.struct("ordinal", "history_item", "event_date", "day_known")))
+    before = earlier.groupBy("request_id").agg(step.alias("before"))
+    return rows.join(before, on="request_id", how="inner").withColumn("kept", _tail("before", cfg.data.max_history))
+
+
+def _as_contract(rows: DataFrame) -> DataFrame:
+    last = F.try_element_at("kept", F.lit(-1))
+    positive = F.filter("slate", lambda c: c["grade"] > 0)
+    target = F.when(F.size(positive) == 1, F.get(positive, F.lit(0))["item_id"])
+    fit = F.create_map(*(F.lit(v) for pair in FIT.items() for v in pair))
+    return rows.withColumn("target_id", target).select(
+        "request_id",
+        "split",
+        "user_id",
+        F.lit("log").alias("source"),
+        F.lit("log").alias("model_id"),
+        fit[F.col("split")].alias("fit"),
+        "as_of",
+        F.col("kept.history_item").alias("history_ids"),
+        F.transform("kept.event_date", lambda day: F.datediff("as_of", day)).alias("history_days"),
+        F.col("slate.item_id").alias("candidate_ids"),
+        F.transform("slate.position", lambda p: -p.cast("float")).alias("prior_scores"),
+        F.col("slate.grade").alias("grades"),
+        "target_id",
+        F.when(F.col("target_id").isNotNull(), F.array_position("slate.item_id", F.col("target_id")).cast("int")).alias("target_rank"),
+        F.lit(None).cast("int").alias("full_rank"),
+        slice_of(F.col("as_of"), last["event_date"], last["day_known"]).alias("slice"),
+    )
+
+
+# -- lists of the generative pre-ranker -------------------------------------------------------------------------------
+
+
+def beamed(cfg: Config, ctx: Context, rows: pa.Table) -> pa.Table:
+    """Runs the exact constrained beams for all requests: the table in the contract's columns."""
+    parts = []
+    for fit, name in MODEL.items():
+        chosen = [row for row in rows.to_pylist() if FIT[row["split"]] == fit]
+        if chosen:
+            parts += list(ranked(cfg, ctx, chosen, fit, name))
+    return pa.Table.from_pylist(parts, schema=get("candidates").arrow())
+
+
+def ranked(cfg: Config, ctx: Context, rows: list[dict[str, Any]], fit: str, name: str) -> Iterator[dict[str, Any]]:
+    """One row of `candidates` for each request, by the model `name`."""
+    from scoring.beams import beam_search
+    from scoring.model import load, sid_ids
+
+    artifact = ctx.model(name, "midtrain")
+    model, tokenizer = load(artifact.path)
+    ids, codes_NL = _codes(ctx)
+    place_of = {item: i for i, item in enumerate(ids)}
+    trie = Trie.build(codes_NL)
+    hidden = _unknown_on(ctx, cfg, place_of)
+    ids_LK = sid_ids(tokenizer)
+    prompts = Prompts(int(tokenizer.bos_token_id), ids_LK, codes_NL, place_of, cfg.midtrain.history_items)
+    rows = sorted(rows, key=lambda row: (len(row["history_ids"]), row["request_id"]))
+    size = cfg.candidates.batch
+    chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
+    for chunk in ctx.track(chunks, f"beams of {name}", len(chunks)):
+        exclude = [sorted({place_of[i] for i in row["seen_ids"] if i in place_of} | hidden(row["as_of"])) for row in chunk]
+        texts = [prompts.of(row["history_ids"]) for row in chunk]
+        found = beam_search(model, ids_LK, trie, texts, cfg.candidates.beam, exclude, pad=tokenizer.pad_token_id, batch=size)
+        for row, places, scores in zip(chunk, found.items_BW, found.logprobs_BW, strict=True):
+            yield _row(cfg, row, fit, artifact.id, [ids[p] for p in places if p >= 0], scores)
+
+
+class Prompts:
+    """What the pre-ranker reads: <bos> and the IDs of the last items, as many as leave room in a training window for one more."""
+
+    def __init__(self, bos: int, ids_LK: NDArray[np.int64], codes_NL: NDArray[np.int64], place_of: dict[str, int], window: int) -> None:
+        self.tokens_NL = ids_LK[np.arange(len(ids_LK))[None, :], codes_NL]
+        self.place_of, self.window, self.bos = place_of, max(1, window - 1), bos
+
+    def of(self, history: list[str]) -> list[int]:
+        """Token ids of one history."""
+        places = [self.place_of[item] for item in history if item in self.place_of][-self.window :]
+        return [self.bos, *self.tokens_NL[places].reshape(-1).tolist()]
+
+
+def _codes(ctx: Context) -> tuple[list[str], NDArray[np.int64]]:
+    """Live items in order, and their codes (N, L) under the current tokenizer."""
+    version = ctx.model("tokenizer", "tokenizer").id
+    table = ctx.lake.read("semantic_ids", ["item_id", "codes"], order_by=["item_id"], tokenizer=version)
+    if not table.num_rows:
+        raise InputError(f"semantic_ids holds no codes of {version}: run `gr2 stage semantic_ids` first")
+    return table["item_id"].to_pylist(), np.array(table["codes"].to_pylist(), dtype=np.int64)
+
+
+def _unknown_on(ctx: Context, cfg: Config, place_of: dict[str, int]) -> Any:
+    """`day -> places of items first known after it`: they could not have been shown. Leave-one-out ranks all items, as papers do."""
+    if cfg.data.protocol == "leave_one_out":
+        return lambda day: set()
+    table = ctx.lake.read("items", ["item_id", "first_seen"], order_by=["item_id"])
+    seen = [
+        (d, place_of[i]) for i, d in zip(table["item_id"].to_pylist(), table["first_seen"].to_pylist(), strict=True) if d and i in place_of
+    ]
+
+    def after(day: dt.date) -> set[int]:
+        return {place for first, place in seen if first > day}
+
+    return after
+
+
+def _row(cfg: Config, row: dict[str, Any], fit: str, model_id: str, items: list[str], scores: Any) -> dict[str, Any]:
+    target, n = row["target_id"], cfg.candidates.n
+    rank = items.index(target) + 1 if target in items else None
+    return {
+        **{name: row[name] for name in REQUEST if name != "seen_ids"},
+        "source": "beam",
+        "model_id": model_id,
+        "fit": fit,
+        "candidate_ids": items[:n],
+        "prior_scores": [float(s) for s in scores[:n]],
+        "grades": [int(item == target) for item in items[:n]],
+        "target_rank": rank if rank and rank <= n else None,
+        "full_rank": rank,
+    }
+
+
+def ceilings(ctx: Context) -> dict[str, float]:
+    """Requests by split, and the share whose target is in the list: what no re-ranker can exceed."""
+    table = ctx.lake.read("candidates", ["split", "target_rank"])
+    splits, ranks = np.array(table["split"].to_pylist()), np.array([r is not None for r in table["target_rank"].to_pylist()])
+    found: dict[str, float] = {}
+    for split in SPLITS:
+        if (splits == split).any():
+            found |= {f"{split} requests": int((splits == split).sum()), f"{split} recall": round(float(ranks[splits == split].mean()), 4)}
+    return found

@@ -1,0 +1,299 @@
+"""Stage `midtrain`: teaches language models what items are and what follows what (METHOD 3).
+
+Reads    `midtrain_examples`, `items`, `semantic_ids`, the model `tokenizer` (codebooks: where the SID tokens' rows start).
+Writes   the models `midtrain` (student, fit train), `midtrain-refit` (the student, trained on with fit refit) and `midtrain-teacher`
+         (fit train): Hugging Face folders with metrics.jsonl (a line a step, the last with the held-out loss) and manifest.json.
+Rerun    vocabulary, first weights, batches, item dropout and dropout are seeded; a model is published whole by one rename. A killed run
+         goes on from its last checkpoint, where `midtrain.*.checkpoint_every` asks for some.
+
+The held-out loss is that of a few users' items in the rerank split, which fit `train` does not hold; it picks nothing.
+
+    gr2 stage midtrain --profile demo
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from gr2.config import Config, Model, Training
+from gr2.context import Context, Result
+from gr2.errors import InputError
+from gr2.prompts import load_template, vocabulary_texts
+from gr2.sids import sid_tokens
+from scoring.model import build_model, build_vocabulary, encode_all, grow_vocabulary, load, save, sid_ids
+from training.codebooks import Codebooks
+from training.data import Batch, Example, Loader, Rows, pack, to_batch
+from training.loop import planned_steps, rank, token_logprobs, train, world
+from training.losses import sft_loss
+from training.sft import fingerprint, manifest_of, publishing
+
+STAGE = "midtrain"
+EAGER = 256  # tokens of a row up to which plain attention beats the fused one on CPUs
+WARM_UP = 4  # steps that the announced rate is measured on
+
+
+def run(cfg: Config, ctx: Context) -> Result:
+    """Trains student, refitted student and teacher. Raises MissingInputError, InputError for a fit without examples."""
+    books = Codebooks.load(ctx.model("tokenizer", "tokenizer").path)[0].books_LKD
+    texts = {fit: read_texts(ctx, fit) for fit in ("train", "refit")}
+    student, teacher = cfg.models.student, cfg.models.teacher
+    tokens = sid_tokens(*books.shape[:2])
+    tokenizer = vocabulary(cfg, ctx, student, tokens, texts["train"])
+    result = Result(rows_in=sum(len(t) for t in texts.values()))
+    model = build_model(student, tokenizer, books, cfg.seed)
+    _fit(cfg, ctx, "midtrain", model, tokenizer, texts, "train", cfg.midtrain.student, result)
+    # Read back rather than trained on: the refit starts from what was published, also when that was published by an earlier run.
+    model = load(ctx.model("midtrain", STAGE).path, dropout=student.dropout)[0]
+    _fit(cfg, ctx, "midtrain-refit", model, tokenizer, texts, "refit", cfg.midtrain.refit, result)
+    if teacher.base != student.base:
+        tokenizer = vocabulary(cfg, ctx, teacher, tokens, texts["train"])
+    model = build_model(teacher, tokenizer, books, cfg.seed + 1)
+    _fit(cfg, ctx, "midtrain-teacher", model, tokenizer, texts, "train", cfg.midtrain.teacher, result)
+    return result
+
+
+# -- texts ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Text:
+    """One row of `midtrain_examples`."""
+
+    example_id: str
+    task: str
+    prompt: str
+    completion: str
+
+
+def read_texts(ctx: Context, fit: str) -> list[Text]:
+    """The texts of one fit, in order of reading. Raises InputError if there is none."""
+    columns = ["example_id", "task", "prompt", "completion"]
+    table = ctx.lake.read("midtrain_examples", columns, order_by=["ordinal", "example_id"], fit=fit)
+    if not table.num_rows:
+        raise InputError(f"midtrain_examples holds no text of fit {fit!r}: run `gr2 stage midtrain_examples` first")
+    return [Text(**row) for row in table.to_pylist()]
+
+
+def vocabulary(cfg: Config, ctx: Context, size: Model, tokens: list[str], texts: Sequence[Text]) -> Any:
+    """The tokenizer of a base model, grown; or one trained on the texts of the mix, of the catalogue and of the prompts."""
+    if size.base:
+        return grow_vocabulary(size.base, tokens)
+    said = [t.prompt + t.completion for t in texts if t.task != "history"]
+    items = ctx.lake.read("items", ["text"], order_by=["item_id"])["text"].to_pylist()
+    prompts = vocabulary_texts(load_template(cfg.prompt.template))
+    return build_vocabulary([*said, *items, *prompts], cfg.models.vocabulary, tokens, ctx.work("midtrain", "vocabulary", str(rank())))
+
+
+def held_out(train: Sequence[Text], refit: Sequence[Text], count: int) -> list[tuple[str, str]]:
+    """`(history, what followed)` of users whose one window of fit `train` is the beginning of that of fit `refit`."""
+    longer = {t.example_id: t for t in refit if t.task == "history" and not t.prompt}
+    found = []
+    for text in train:
+        after = longer.get(text.example_id)
+        if (
+            text.task == "history"
+            and after
+            and len(after.completion) > len(text.completion)
+            and after.completion.startswith(text.completion)
+        ):
+            found.append((text.completion, after.completion[len(text.completion) :]))
+            if len(found) == count:
+                break
+    return found
+
+
+# -- examples, drawn anew each epoch ----------------------------------------------------------------------------------
+
+
+class Mix:
+    """Texts as token ids. `rows(epoch)` packs them, leaving out a drawn share of each history's items."""
+
+    def __init__(self, tokenizer: Any, texts: Sequence[Text], levels: int, drop: float, row_tokens: int, seed: int) -> None:
+        self.levels, self.drop, self.row_tokens, self.seed = levels, drop, row_tokens, seed
+        self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        prompts, completions = (encode_all(tokenizer, [getattr(t, part) for t in texts]) for part in ("prompt", "completion"))
+        self.parts = [
+            (t.task == "history", np.array(p, dtype=np.int64), np.array(c, dtype=np.int64))
+            for t, p, c in zip(texts, prompts, completions, strict=True)
+        ]
+
+    def rows(self, epoch: int) -> Rows:
+        """The packed rows of one epoch; texts longer than a row are left out and counted."""
+        generator = np.random.default_rng([self.seed, epoch])
+        return pack([self._example(generator, *part) for part in self.parts], self.row_tokens, self.seed + epoch, drop_long=True)
+
+    def _example(self, generator: np.random.Generator, history: bool, prompt: NDArray[np.int64], completion: NDArray[np.int64]) -> Example:
+        if not history:
+            return Example([self.bos, *prompt.tolist()], [([*completion.tolist(), self.eos], 1.0)])
+        return Example([self.bos, *self._thinned(generator, prompt, 0)], [(self._thinned(generator, completion, 2), 1.0)])
+
+    def _thinned(self, generator: np.random.Generator, ids: NDArray[np.int64], least: int) -> list[int]:
+        """A history without some of its items, but with at least `least`."""
+        items_IL = ids.reshape(-1, self.levels)
+        if self.drop:
+            kept_I = generator.random(len(items_IL)) >= self.drop
+            if kept_I.sum() >= least:
+                items_IL = items_IL[kept_I]
+        return [int(i) for i in items_IL.reshape(-1)]
+
+
+class Epochs(Loader):
+    """An endless stream of batches whose rows are packed anew each epoch. Resumable: its state is the epoch and the place in it.
+
+    Rows that do not fill the last batch of an epoch are left out, others each time.
+    """
+
+    def __init__(
+        self, make: Callable[[int], Rows], tokens_per_batch: int, seed: int, eager: bool = False, rank: int = 0, world: int = 1
+    ) -> None:
+        rows = make(0)
+        per_batch = max(world, min(tokens_per_batch // rows.input_ids.shape[1], len(rows) // world * world))
+        super().__init__(rows, per_batch - per_batch % world, seed, rank, world)
+        self.make, self.eager, self.epoch, self.at = make, eager, 0, 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            if self.at + self.rows_per_batch > len(self.rows):
+                self._turn(self.epoch + 1)
+            order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.rows))
+            places = order[self.at + self.rank : self.at + self.rows_per_batch : self.world]
+            self.at += self.rows_per_batch
+            yield batch_of(self.rows, places, self.eager)
+
+    def _turn(self, epoch: int) -> None:
+        self.rows, self.epoch, self.at = self.make(epoch), epoch, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands."""
+        return {"epoch": self.epoch, "at": self.at, "seed": self.seed, "rows": len(self.rows)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where `state` stood. Raises InputError if it is of other rows or another seed."""
+        self._turn(int(state["epoch"]))
+        if (state["rows"], state["seed"]) != (len(self.rows), self.seed):
+            raise InputError("the saved position belongs to other training rows: remove the checkpoint folder to start again")
+        self.at = int(state["at"])
+
+
+class Summed(Batch):
+    """A batch whose mask is one that eager attention adds. On CPUs and short rows that is about twice as fast as fused attention."""
+
+    def mask_B1TT(self) -> torch.Tensor:
+        """0 where a token may look, the smallest number elsewhere."""
+        return torch.zeros(()).where(super().mask_B1TT(), torch.tensor(torch.finfo(torch.float32).min))
+
+
+def batch_of(rows: Rows, chosen: NDArray[np.integer] | slice, eager: bool) -> Batch:
+    """Some rows as a batch, for eager or for fused attention."""
+    batch = to_batch(rows, chosen)
+    return Summed(**vars(batch)) if eager else batch
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+def next_token(model: Any, batch: Batch) -> tuple[torch.Tensor, dict[str, float | torch.Tensor]]:
+    """The token loss of one micro-batch (its share of the step)."""
+    return sft_loss(token_logprobs(model, batch), batch.weights_BT * batch.learned_BT, batch.norm), {}
+
+
+def _fit(
+    cfg: Config,
+    ctx: Context,
+    name: str,
+    model: Any,
+    tokenizer: Any,
+    texts: Mapping[str, Sequence[Text]],
+    fit: str,
+    settings: Training,
+    result: Result,
+) -> None:
+    """Trains and publishes one model; tells the token budget first."""
+    mix = Mix(tokenizer, texts[fit], len(sid_ids(tokenizer)), cfg.midtrain.item_dropout, settings.row_tokens, cfg.seed)
+    eager = settings.row_tokens <= EAGER and not torch.cuda.is_available()
+    if eager:
+        model.set_attn_implementation("eager")
+    loader = Epochs(mix.rows, settings.tokens_per_batch, cfg.seed, eager, rank(), world())
+    steps = planned_steps(loader, settings)
+    _announce(ctx, name, model, loader, steps, settings)
+    pairs = held_out(texts["train"], texts["refit"], cfg.midtrain.held_out) if fit == "train" else []
+    inputs = {
+        "tables": {"midtrain_examples": ctx.lake.version("midtrain_examples")},
+        "models": {"tokenizer": ctx.model("tokenizer", "tokenizer").hash},
+    }
+    manifest = {**manifest_of(cfg, settings, inputs), "fit": fit, "parameters": sum(p.numel() for p in model.parameters())}
+    with publishing(ctx, name, manifest) as folder:
+        summary = train(
+            model,
+            loader,
+            next_token,
+            settings,
+            folder=folder,
+            total_steps=steps,
+            ctx=ctx,
+            checkpoint=ctx.work(name, "checkpoint"),
+            seed=cfg.seed,
+            validate=validator(tokenizer, pairs, eager),
+            fingerprint=fingerprint(name, manifest, __name__),
+            label=name,
+        )
+        manifest |= {"steps": summary.steps, "tokens": summary.tokens, "loss": round(summary.last_loss, 4)}
+        if rank() == 0:
+            save(model, tokenizer, folder)
+    rate = summary.tokens / max(summary.seconds, 1e-9)
+    ctx.log(f"{name}: loss {summary.last_loss:.4f}, {summary.tokens:,} tokens in {summary.seconds:.0f} s ({rate:,.0f}/s)")
+    result.tokens += summary.tokens
+    result.rows_out += summary.steps
+    result.detail[name] = {"steps": summary.steps, "loss": round(summary.last_loss, 4), "seconds": round(summary.seconds, 1)}
+
+
+def _announce(ctx: Context, name: str, model: Any, loader: Epochs, steps: int, settings: Training) -> None:
+    """Logs the token budget, and the minutes that it takes at a rate measured on a few batches, whose gradients are thrown away."""
+    from scoring.model import autocast
+
+    model.train()
+    stream, place = iter(loader), loader.state_dict()
+    seconds, tokens = 0.0, 0
+    with torch.random.fork_rng(devices=[]):
+        for number in range(WARM_UP):
+            batch, started = next(stream).to(model.device), time.monotonic()
+            with autocast(model, settings.precision == "bf16"):
+                loss = next_token(model, batch)[0]
+            loss.backward()
+            model.zero_grad(set_to_none=True)
+            if number:  # the first one warms up
+                seconds, tokens = seconds + time.monotonic() - started, tokens + batch.tokens
+    loader.load_state_dict(place)
+    rate = world() * tokens / seconds
+    budget = loader.rows.tokens * steps * settings.accumulation * loader.rows_per_batch / len(loader.rows)
+    parameters = sum(p.numel() for p in model.parameters())
+    ctx.log(
+        f"{name}: {parameters / 1e6:.1f}M parameters, {loader.rows.tokens:,} tokens an epoch in rows {loader.rows.fill:.0%} full "
+        f"({loader.rows.dropped} texts too long), {steps} steps, {budget:,.0f} tokens: "
+        f"about {budget / rate / 60:.1f} min at {rate:,.0f} tokens/s"
+    )
+
+
+def validator(tokenizer: Any, pairs: Sequence[tuple[str, str]], eager: bool = False) -> Callable[[Any], dict[str, float]] | None:
+    """`model -> {"loss": ...}`: mean loss of a token of what followed, given the history. None where there is nothing held out."""
+    if not pairs:
+        return None
+    before, after = (encode_all(tokenizer, texts) for texts in zip(*pairs, strict=True))
+    examples = [Example([tokenizer.bos_token_id, *b], [(a, 1.0)]) for b, a in zip(before, after, strict=True)]
+    rows = pack(examples, max(e.tokens for e in examples))
+
+    def loss(model: Any) -> dict[str, float]:
+        total, weight = 0.0, 0.0
+        with torch.inference_mode():
+            for start in range(0, len(rows), 32):
+                batch = batch_of(rows, slice(start, start + 32), eager).to(model.device)
+                total -= float(token_logprobs(model, batch).sum())
+                weight += batch.norm
+        return {"loss": total / weight}
+
+    return loss
