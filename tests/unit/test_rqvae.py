@@ -89,14 +89,13 @@ def test_contrast_prefers_partners() -> None:
 
 def test_fit_is_deterministic_and_learns(x: np.ndarray) -> None:
     rows: list[dict[str, float]] = []
-    settings = Tokenizer(**{**SMALL, "steps": 600, "lr": 3e-3})
+    settings = Tokenizer(**{**SMALL, "steps": 500, "lr": 3e-3})
     one, other = rqvae.fit(x, settings, 5, rows.append), rqvae.fit(x, settings, 5)
     assert np.array_equal(one.books_LKD, other.books_LKD)
     assert np.array_equal(one.encode(x)[0], other.encode(x)[0])
-    assert rows[-1]["step"] == 600
+    assert rows[-1]["step"] == 500
     assert rows[-1]["reconstruction"] < 0.5 * rows[0]["reconstruction"]
-    linear = rqkmeans.fit(x, Tokenizer(**{**SMALL, "dim": 3}), 5)
-    print(one.encode(x)[1].mean(), linear.encode(x)[1].mean())
+    assert one.encode(x)[1].mean() < rqkmeans.fit(x, settings, 5).encode(x)[1].mean()  # a learned encoder beats a linear one
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,96 @@
+"""Codes of items, end to end: vectors -> tokenizer -> table; a bijection that new items do not disturb."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from item_world import publish_items, publish_pairs
+
+from gr2 import sids
+from gr2.context import Context
+from gr2.errors import AuditError, MissingInputError
+from spark_jobs import item_embeddings, semantic_ids
+from training import tokenizer
+
+pytestmark = pytest.mark.spark
+
+SMALL = [
+    "embeddings.text_dim=12",
+    "embeddings.collaborative_dim=6",
+    "tokenizer.levels=3",
+    "tokenizer.codes=8",
+    "tokenizer.dim=6",
+    "tokenizer.hidden=16",
+    "tokenizer.steps=80",
+    "tokenizer.min_uniqueness=0.3",
+]
+
+
+def codes(ctx: Context) -> dict[str, dict[str, Any]]:
+    version = ctx.model("tokenizer", "tokenizer").id
+    return {r["item_id"]: r for r in ctx.lake.read("semantic_ids", order_by=["item_id"], tokenizer=version).to_pylist()}
+
+
+def audits(ctx: Context) -> dict[str, dict[str, Any]]:
+    return {r["subject"]: r for r in json.loads((ctx.work("audits") / "semantic_ids.json").read_text())}
+
+
+def test_bijection_rerun_and_inserts(make_ctx: Callable[..., Context]) -> None:
+    ctx = make_ctx([*SMALL, "embeddings.frozen=true"])
+    ids = publish_items(ctx, 60)
+    publish_pairs(ctx, ids, "train", shift=0)
+    item_embeddings.run(ctx.cfg, ctx)
+    tokenizer.run(ctx.cfg, ctx)
+    made = ctx.model("tokenizer", "tokenizer")
+    assert (made.path / "metrics.jsonl").read_text().count("\n") >= 3
+    assert json.loads((made.path / "fitted_items.json").read_text()) == ids
+    result = semantic_ids.run(ctx.cfg, ctx)
+    assert result.detail["added"] == result.rows_out == 60
+
+    first = codes(ctx)
+    trie = sids.Trie.build(np.array([r["codes"] for r in first.values()]))
+    assert len(trie.items) == 60
+    for row in first.values():
+        assert sids.from_text(row["token_text"]) == tuple(row["codes"])
+        assert row["separated"] == (row["codes"] != row["learned_codes"])
+        assert max(row["codes"]) < 8
+    checks = audits(ctx)
+    distinct = len({tuple(r["learned_codes"]) for r in first.values()}) / 60
+    assert checks["learned distinct/items"]["value"] == pytest.approx(distinct)
+    assert checks["learned distinct/items"]["low"] == 0.3
+    assert checks["published share alone"]["value"] == 1.0
+
+    version = ctx.lake.version("semantic_ids")
+    tokenizer.run(ctx.cfg, ctx)
+    semantic_ids.run(ctx.cfg, ctx)
+    assert ctx.model("tokenizer", "tokenizer").id == made.id
+    assert ctx.lake.version("semantic_ids") == version
+
+    publish_items(ctx, 75)
+    item_embeddings.run(ctx.cfg, ctx)
+    assert tokenizer.run(ctx.cfg, ctx).detail["kept"]
+    assert semantic_ids.run(ctx.cfg, ctx).detail["added"] == 15
+    second = codes(ctx)
+    assert {k: v for k, v in second.items() if k in first} == first
+    assert len({r["token_text"] for r in second.values()}) == 75
+    assert audits(ctx)["drift: residual of new items over fitted"]["value"] > 0
+
+    thawed = make_ctx([*SMALL, "tokenizer.contrastive=0.1"])  # other settings, not frozen: a new version, twice the same
+    hashes = [tokenizer.run(thawed.cfg, thawed).detail["tokenizer"] for _ in range(2)]
+    assert hashes[0] == hashes[1] != made.id
+
+
+def test_low_uniqueness_publishes_nothing_and_keeps_the_evidence(make_ctx: Callable[..., Context]) -> None:
+    ctx = make_ctx([*SMALL, "tokenizer.builder=rqkmeans", "tokenizer.levels=2", "tokenizer.codes=4", "tokenizer.min_uniqueness=0.99"])
+    with pytest.raises(MissingInputError, match="gr2 stage item_embeddings"):
+        tokenizer.run(ctx.cfg, ctx)
+    ids = publish_items(ctx, 16)
+    publish_pairs(ctx, ids, "train", shift=0)
+    item_embeddings.run(ctx.cfg, ctx)
+    tokenizer.run(ctx.cfg, ctx)
+    with pytest.raises(AuditError, match=r"learned distinct/items is 0\.\d+, at least 0\.9900 is asked"):
+        semantic_ids.run(ctx.cfg, ctx)
+    assert not ctx.lake.exists("semantic_ids")
+    assert not audits(ctx)["learned distinct/items"]["passed"]
