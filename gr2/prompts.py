@@ -34,9 +34,11 @@ THINK, END_THINK = "<think>", "</think>"
 EMPTY_THOUGHT = THINK + END_THINK
 ANSWER_OPEN, ANSWER_SEPARATOR, ANSWER_CLOSE = '["', '","', '"]'
 DEFAULT = "rerank_v1"
-# Columns of candidate_features that a prompt may show. `grade` is the label and never among them; `place` is the incoming place.
-COLUMNS = frozenset(
-    {"place", "prior_gap", "popularity", "recent", "pair_last", "pair_next", "pair_max", "pair_sum", "lift_max", "pair_gap_days"}
+# What a prompt may show: columns of candidate_features (`grade` is the label and never among them), and two that are derived: `place`, the
+# incoming place, and `trend` = recent - popularity, the log share of an item's choices that decay has left (0: all of late).
+DERIVED = frozenset({"place", "trend"})
+COLUMNS = DERIVED | frozenset(
+    {"prior_gap", "popularity", "recent", "pair_last", "pair_next", "pair_max", "pair_sum", "lift_max", "pair_gap_days"}
     | {"same_brand", "category_overlap", "text_similarity", "text_similarity_max", "price_ratio", "days_since_seen"}
 )
 BY_PLACE = ("incoming_rank", "prior_score", "prior_gap")  # belong to a place in the incoming order, not to the item in it
@@ -276,7 +278,7 @@ def evidence_of(view: View, template: Template | None = None) -> list[dict[str, 
     template = template or load_template()
     said: list[dict[str, str]] = [{} for _ in view.candidates]
     for name, feature in template.evidence.items():
-        values = [place + 1 if feature.column == "place" else c.features.get(feature.column) for place, c in enumerate(view.candidates)]
+        values = [_value(feature.column, place, c) for place, c in enumerate(view.candidates)]
         levels = [feature.level(v) for v in values]
         largest = max((v for v in values if isinstance(v, (int, float)) and v == v), default=None)
         for place, (value, level) in enumerate(zip(values, levels, strict=True)):
@@ -285,6 +287,15 @@ def evidence_of(view: View, template: Template | None = None) -> list[dict[str, 
                 if feature.best and value == largest:
                     said[place][f"{name}_best"] = feature.best
     return said
+
+
+def _value(column: str, place: int, candidate: Candidate) -> Value:
+    if column == "place":
+        return place + 1
+    if column == "trend":
+        recent, popularity = candidate.features.get("recent"), candidate.features.get("popularity")
+        return recent - popularity if isinstance(recent, (int, float)) and isinstance(popularity, (int, float)) else None
+    return candidate.features.get(column)
 
 
 def evidence_words(view: View, template: Template | None = None) -> list[str]:

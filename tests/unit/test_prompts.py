@@ -20,7 +20,7 @@ from gr2.rewards import _PIECE, citations, format_reward
 
 pytestmark = pytest.mark.unit
 TERSE, FULL = load_template("rerank_v1"), load_template("rerank_llm_v1")
-COLUMNS = sorted(prompts.COLUMNS - {"place"})
+COLUMNS = sorted(prompts.COLUMNS - prompts.DERIVED)
 
 
 def candidate(number: int, **features: float | str | None) -> Candidate:
@@ -189,7 +189,7 @@ def test_evidence_never_raises_and_matches_the_prompt(view: View) -> None:
 
 
 def test_levels_best_and_unknown_values() -> None:
-    rows = [{"pair_next": v} for v in (0, 0.5, 1.9, 2, 8, 8, None, float("nan"))]
+    rows = [{"pair_next": v} for v in (0, 0.5, 1.9, 2, 12, 12, None, float("nan"))]
     view = make_view("r", [], [candidate(n, **row) for n, row in enumerate(rows)], 0)
     said = prompts.evidence_of(view, TERSE)
     assert [s.get("next") for s in said] == [None, "nextLow", "nextLow", "nextMid", "nextTop", "nextTop", None, None]
@@ -199,9 +199,17 @@ def test_levels_best_and_unknown_values() -> None:
     assert not any("next_best" in s for s in prompts.evidence_of(nothing, TERSE))
 
 
+def test_trend_is_the_share_of_late_choices() -> None:
+    rows = [{"recent": r, "popularity": p} for r, p in ((2.0, 2.0), (1.0, 1.4), (1.0, 3.0))] + [{"recent": 1.0}]
+    view = make_view("r", [], [candidate(n, **row) for n, row in enumerate(rows)], 0)
+    said = prompts.evidence_of(view, TERSE)
+    assert [s.get("trend") for s in said] == ["trendTop", "trendMid", None, None]
+    assert [i for i, s in enumerate(said) if "trend_best" in s] == [0]
+
+
 def test_evidence_can_be_switched_off() -> None:
     bare = load_template("rerank_v1", evidence=False)
-    view = view_of(pair_next=9)
+    view = view_of(pair_next=12)
     assert not set(re.findall(r"\w+", text_of(view, bare))) & TERSE.vocabulary
     assert prompts.evidence_words(view, bare) == sorted([*view.labels, "dayZero", "daySeason"])
     assert bare.digest != TERSE.digest
@@ -226,7 +234,7 @@ def test_composed_thoughts_are_short_and_true(template: Template, view: View, da
 
 
 def test_thought_of_the_docstring() -> None:
-    rows = [{"same_brand": 1, "pair_next": 9, "text_similarity": 0.7}, {}, {"recent": 5.0}]
+    rows = [{"same_brand": 1, "pair_next": 12, "text_similarity": 0.7}, {}, {"recent": 5.0}]
     view = make_view("r", [], [candidate(n, **row) for n, row in enumerate(rows)], 0)
     one, two, three = view.labels
     thought = prompts.compose_thought(view, [one, two, three], ["brand"], ["next", "like", "pop"])
@@ -297,7 +305,15 @@ def test_budget_with_a_small_vocabulary() -> None:
     trainer = trainers.BpeTrainer(vocab_size=1536, special_tokens=["<think>", "</think>", *sids])
     tokenizer.train_from_iterator(titles + prompts.vocabulary_texts(TERSE), trainer)
     rich = dict(
-        pair_next=9.0, pair_last=2.0, pair_sum=3.0, lift_max=60.0, same_brand=2.0, category_overlap=1.0, text_similarity=0.5, recent=4.0
+        pair_next=12.0,
+        pair_last=2.0,
+        pair_sum=3.0,
+        lift_max=60.0,
+        same_brand=2.0,
+        category_overlap=1.0,
+        text_similarity=0.5,
+        recent=4.0,
+        popularity=4.0,
     )
     view = make_view("r", [HistoryItem("<a_9><b_9><c_9><d_9>", "", 9)] * 6, [candidate(n, prior_gap=n, **rich) for n in range(10)], 0)
     assert len(tokenizer.encode(text_of(view)).tokens) <= 350  # every candidate with every word: the worst case
