@@ -164,7 +164,9 @@ class Midtrain(Section):
 
     student: Training = Training(epochs=6, lr=2e-3, row_tokens=128, weight_decay=0.1)
     teacher: Training = Training(epochs=4, lr=1.5e-3, row_tokens=128, weight_decay=0.1)
-    refit: Training = Training(epochs=1.5, lr=5e-4, row_tokens=128, weight_decay=0.1)  # continues the student on all but the last two splits
+    refit: Training = Training(
+        epochs=1.5, lr=5e-4, row_tokens=128, weight_decay=0.1
+    )  # continues the student on all but the last two splits
     titles: float = Field(0.05, ge=0)  # examples over users
     persona: float = Field(0.05, ge=0)
     captions: float = Field(0.2, ge=0)  # examples over items
@@ -203,13 +205,20 @@ class Traces(Section):
     teacher: Literal["evidence", "vllm", "openai"] = "evidence"
     model: str = ""  # vllm: path or id; openai: model name
     url: str = ""
+    template: str = ""  # what the teacher reads (a file in conf/prompts); empty: prompt.template
     mode: Literal["rejection", "targeted", "both"] = "both"
     accept_rank: Positive = 1
     max_attempts: Positive = 8
+    accepted_per_request: Positive = 1  # rejection goes on, under other shuffles, until so many are accepted
     temperature: float = Field(0.7, ge=0)
-    max_requests: int = Field(0, ge=0)
+    max_tokens: Positive = 128  # thought and answer; language models that reason at length need more
+    max_requests: int = Field(0, ge=0)  # seeded sample of those whose target is in the list; 0: all
+    no_target_requests: int = Field(100, ge=0)  # seeded sample of those whose target is not
     concurrency: Positive = 8
     timeout_seconds: float = Field(60.0, gt=0)
+    retries: int = Field(3, ge=0)
+    price_prompt: float = Field(0.0, ge=0)  # of a million tokens, in the service's currency
+    price_completion: float = Field(0.0, ge=0)
 
 
 class SFT(Section):
@@ -219,7 +228,7 @@ class SFT(Section):
     teacher: Training = Training(epochs=2, lr=6e-4)
     reasoning_weight: float = Field(0.3, ge=0)
     answer_weight: float = Field(1.0, gt=0)
-    modes: dict[Literal["think", "direct"], float] = {"think": 0.6, "direct": 0.4}
+    modes: dict[Literal["think", "direct"], Share] = {"think": 0.6, "direct": 0.4}  # share of traces taught so; 1 and 1: each in both
     traces: Literal["rejection", "targeted", "both"] = "rejection"
 
 
@@ -291,6 +300,7 @@ class Scoring(Section):
     audit_requests: Positive = 64
     miss_sample: int = Field(100, ge=0)  # scored requests whose target is not in the list (all of those with it are scored)
     chunk: Positive = 256
+    workers: Positive = 1  # engines at once, one a Spark worker that has all cores of its machine
     kv_cache_gib: Positive = 1
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
 

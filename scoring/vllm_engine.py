@@ -152,7 +152,9 @@ class VLLMEngine:
     def _run(self, prompts: list[list[int]], params: Any) -> list[Any]:
         if not prompts:
             return []
-        return list(self._llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False))
+        from vllm.inputs import TokensPrompt
+
+        return list(self._llm.generate([TokensPrompt(prompt_token_ids=ids) for ids in prompts], params, use_tqdm=False))
 
     def _label_ids(self, labels: Sequence[str]) -> list[int]:
         key = tuple(labels)
