@@ -37,6 +37,7 @@ class VLLMEngine:
         _environment(settings)
         try:
             from vllm import LLM
+            from vllm.exceptions import VLLMError
         except ImportError as error:
             raise EngineError(f"vLLM cannot be imported ({error}): install the extra `cpu` or `gpu`") from None
         self.name = name or f"vllm:{Path(path).name}"
@@ -55,9 +56,10 @@ class VLLMEngine:
                 max_logprobs=32,
                 disable_log_stats=True,
             )
-        except (RuntimeError, ValueError, OSError) as error:
+        except (RuntimeError, ValueError, OSError, VLLMError) as error:
             raise EngineError(f"vLLM cannot serve {path}: {error}") from error
         self._tokenizer: Any = self._llm.get_tokenizer()
+        self._failures = (RuntimeError, ValueError, TypeError, VLLMError)  # of a request; vLLM's own are no ValueErrors
         self._limit = int(self._llm.model_config.max_model_len)
         self._labels: dict[tuple[str, ...], list[int]] = {}
 
@@ -142,7 +144,7 @@ class VLLMEngine:
         started = time.monotonic()
         try:
             outputs = self._run(prompts, [_params(ask) for ask in asks])
-        except (RuntimeError, ValueError, TypeError) as error:
+        except self._failures as error:
             if len(asks) == 1:
                 return [failed(asks[0], error)]
             return [self._batch([ask], [ids])[0] for ask, ids in zip(asks, prompts, strict=True)]

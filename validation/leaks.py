@@ -2,9 +2,9 @@
 
     leak_of("The user actually bought @C, so it comes first.")      # -> "outcome_stated"
 
-A teacher that sees the target may reason from it instead of towards it; a student that copies such words learns to claim what it cannot
-know. A form is a way of giving it away: a set of patterns over lower-cased text. What a thought may say is left alone: preferences ("likes",
-"would choose next"), comparisons ("the best choice"), history in the past tense ("bought two shampoos").
+A teacher that sees the target may reason from it instead of towards it; a student that copies such words learns to claim what it
+cannot know. A form is a way of giving it away: a set of patterns over lower-cased text. What a thought may say is left alone: preferences
+("likes", "would choose next"), comparisons ("the best choice"), history in the past tense ("bought two shampoos").
 """
 
 import re
@@ -89,7 +89,7 @@ FORMS: dict[str, tuple[str, ...]] = {
     "known": (
         r"\b(?:we|i|you) (?:already |do |now )?(?:know|knew) (?:(?:that|for|which|what|the|how)\b|" + _LABEL + ")",
         r"\b(?:it is|it's|is|are|being|was) (?:already )?(?:known|certain|guaranteed|confirmed|established)\b",
-        r"\b(?:knowing|given|because|since) (?:that )?(?:(?:the|this|our|their|known) )*(?:answer|outcome|result|(?:final|eventual) choice|truth)\b",
+        r"\b(?:knowing|given|because|since) (?:(?:that|the|this|our|their|known) )*(?:answer|outcome|result|truth)\b",
         r"\b(?:known|eventual|final|ultimate) (?:" + _ITEM + r"|purchase|outcome|decision|result)\b",
     ),
     # "asked to place C first", "to justify the choice"

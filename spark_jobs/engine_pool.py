@@ -1,0 +1,100 @@
+"""Engines inside Spark's Python workers: one a worker, opened once, kept between partitions and jobs. Not a stage.
+
+    frame = on_workers(ctx, keys, job, schema)        # job(rows) yields record batches; in it: `engine = engine_for(spec)`
+
+An engine job takes a worker's whole machine: `scoring.workers` partitions, by default one, and all chunks in one job (an idle Python worker
+is ended after a minute). A spec holds no secret and no open thing, so it travels to a worker as it is.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pyarrow as pa
+from pyspark.sql import DataFrame
+from pyspark.sql.pandas.types import from_arrow_schema
+
+from gr2.config import Config
+from gr2.context import Context
+from gr2.errors import ModelError
+from gr2.prompts import Template
+from scoring.engine import Engine
+from scoring.evidence_engine import EvidenceEngine, Program
+
+_OPEN: dict[str, Engine] = {}  # of this process
+
+
+@dataclass(frozen=True, eq=False)
+class Spec:
+    """What an engine is opened from. `name` identifies it: kind, model and hash, as tables call it."""
+
+    kind: Literal["vllm", "openai", "evidence"]
+    name: str
+    path: str = ""
+    program: Program | None = None
+    template: Template | None = None
+
+
+def engine_for(spec: Spec, cfg: Config) -> Engine:
+    """The engine of a spec, opened at most once in this process.
+
+    There is never more than one vLLM engine: where another model of the same architecture is asked for, its weights are pushed into the
+    open one; else that one is closed first. Raises EngineError, ModelError, ConfigError.
+    """
+    if found := _OPEN.get(spec.name):
+        return found
+    if spec.kind == "vllm":
+        engine = _vllm(spec, cfg)
+    elif spec.kind == "openai":
+        from scoring.openai_engine import OpenAIEngine
+
+        engine = OpenAIEngine(cfg.traces)
+    else:
+        assert spec.program is not None and spec.template is not None, "an evidence spec holds its program and template"
+        engine = EvidenceEngine(spec.program, spec.template, spec.name)
+    _OPEN[spec.name] = engine
+    return engine
+
+
+def _vllm(spec: Spec, cfg: Config) -> Engine:
+    from scoring.vllm_engine import VLLMEngine
+
+    for name, engine in list(_OPEN.items()):
+        if isinstance(engine, VLLMEngine):
+            del _OPEN[name]
+            try:
+                engine.load_weights(spec.path, spec.name)
+                return engine
+            except ModelError:  # of another size or vocabulary
+                engine.close()
+    return VLLMEngine(spec.path, cfg.scoring, spec.name)
+
+
+def close_all() -> None:
+    """Closes what this process opened."""
+    while _OPEN:
+        _OPEN.popitem()[1].close()
+
+
+def on_workers(
+    ctx: Context, keys: pa.Table, job: Callable[[list[dict[str, Any]]], Iterator[pa.RecordBatch]], schema: pa.Schema
+) -> DataFrame:
+    """Rows of `keys`, cut among `scoring.workers` partitions, each given whole to `job` in a Spark Python worker.
+
+    The job runs when the frame is read, once for each time: publish it, do not count it first.
+    """
+
+    def run(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        rows = [row for batch in batches for row in batch.to_pylist()]
+        if rows:
+            yield from job(rows)
+
+    frame = ctx.spark.createDataFrame(keys)
+    workers = ctx.cfg.scoring.workers
+    frame = frame.coalesce(1) if workers == 1 else frame.repartition(workers)
+    return frame.mapInArrow(run, from_arrow_schema(schema))
+
+
+def portable(cfg: Config, ctx: Context) -> Config:
+    """The configuration for a worker, which may run in another folder: its root is absolute."""
+    return cfg.model_copy(update={"paths": cfg.paths.model_copy(update={"root": ctx.root.resolve()})})
