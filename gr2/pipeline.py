@@ -43,7 +43,9 @@ STAGES = (
     Stage("interactions", "spark_jobs.interactions", ("data",), ("events", "items"), ("interactions", "histories")),
     Stage("impressions", "spark_jobs.impressions", ("data",), ("events",), ("impressions",)),
     Stage("evidence", "spark_jobs.evidence", ("evidence",), ("interactions",), ("item_pairs", "item_stats")),
-    Stage("item_embeddings", "spark_jobs.item_embeddings", ("embeddings",), ("items", "item_pairs"), ("item_embeddings",)),
+    Stage(
+        "item_embeddings", "spark_jobs.item_embeddings", ("embeddings",), ("items", "item_pairs"), ("item_embeddings",), (), ("embedder",)
+    ),
     Stage("tokenizer", "training.tokenizer", ("tokenizer", "embeddings"), ("item_embeddings",), (), (), ("tokenizer",)),
     Stage("semantic_ids", "spark_jobs.semantic_ids", ("tokenizer",), ("item_embeddings",), ("semantic_ids",), ("tokenizer",)),
     Stage(
