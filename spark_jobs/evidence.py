@@ -76,7 +76,8 @@ def pair_counts(fitted: DataFrame, window: int) -> DataFrame:
     return (
         fitted.withColumn("from_last", F.row_number().over(latest))
         .where(F.col("from_last") <= MAX_STEPS)
-        .select("fit", "item_id", "event_date", F.explode(F.array(*later)).alias("pair"))
+        .select("fit", "item_id", "event_date", F.array(*later).alias("later"))
+        .select("fit", "item_id", "event_date", F.explode("later").alias("pair"))
         .select("fit", "item_id", "event_date", "pair.*")
         .where(F.col("next_item_id").isNotNull() & (F.col("next_item_id") != F.col("item_id")))
         .groupBy("fit", "item_id", "next_item_id")
