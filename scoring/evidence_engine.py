@@ -30,7 +30,7 @@ PLACES = 20  # incoming places with a weight of their own
 # Counts and weights: log, presence, and whether it is the list's largest. The second name is how prompts call the feature.
 COUNTS = {"pair_next": "next", "pair_last": "pair", "pair_sum": "ever", "pair_max": "ever", "lift_max": "lift", "recent": "pop"}
 DEGREES = {"same_brand": "brand", "category_overlap": "kind", "text_similarity": "like", "text_similarity_max": "like"}
-NEED, PATTERN = ("next", "pair", "ever", "lift", "like"), ("brand", "kind", "pop")
+NEED, PATTERN = ("next", "pair", "ever", "lift", "like"), ("brand", "kind", "pop", "trend")
 
 
 # -- features ---------------------------------------------------------------------------------------------------------
@@ -60,6 +60,8 @@ def design(raw_RNC: Floats, there_RN: NDArray[np.bool_]) -> tuple[Floats, list[s
     for column, cited in DEGREES.items():
         parts += [(raw[column], cited), (raw[column] ** 2, cited), (_largest(raw[column], there_RN), cited)]
     age_RN = raw["days_since_seen"]
+    trend_RN = raw["recent"] - raw["popularity"]  # how much of its popularity is of late
+    parts += [(trend_RN, "trend"), (np.exp(np.clip(trend_RN, -20.0, 20.0)), "trend")]
     parts += [(raw["popularity"], "pop"), (np.abs(np.log(np.maximum(raw["price_ratio"], 1e-3))), "")]
     parts += [(np.log1p(np.maximum(age_RN, 0.0)), ""), ((age_RN < 0).astype(np.float64), "")]
     return np.stack([values for values, _ in parts], axis=2), [cited for _, cited in parts]

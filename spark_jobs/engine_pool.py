@@ -16,7 +16,7 @@ from pyspark.sql.pandas.types import from_arrow_schema
 
 from gr2.config import Config
 from gr2.context import Context
-from gr2.errors import ModelError
+from gr2.errors import EngineError, ModelError
 from gr2.prompts import Template
 from scoring.engine import Engine
 from scoring.evidence_engine import EvidenceEngine, Program
@@ -44,13 +44,14 @@ def engine_for(spec: Spec, cfg: Config) -> Engine:
     if found := _OPEN.get(spec.name):
         return found
     if spec.kind == "vllm":
-        engine = _vllm(spec, cfg)
+        engine: Engine = _vllm(spec, cfg)
     elif spec.kind == "openai":
         from scoring.openai_engine import OpenAIEngine
 
         engine = OpenAIEngine(cfg.traces)
+    elif spec.program is None or spec.template is None:
+        raise EngineError("an evidence spec holds its program and template")
     else:
-        assert spec.program is not None and spec.template is not None, "an evidence spec holds its program and template"
         engine = EvidenceEngine(spec.program, spec.template, spec.name)
     _OPEN[spec.name] = engine
     return engine

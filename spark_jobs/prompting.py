@@ -71,13 +71,16 @@ class Requests:
             for item, *values in zip(listed, *columns, strict=True)
         )
 
+    def view(self, place: int, row: dict[str, Any], replica: int) -> View:
+        """One request as one replica shows it."""
+        return make_view(row["request_id"], self.history(row), self.candidates(place, row), replica)
+
     def views(self, replicas: Sequence[int] = (0,)) -> Iterator[tuple[dict[str, Any], View]]:
         """(row with `replica`, view) of every request and replica."""
         for place in range(len(self)):
             row = self.rows_of(place)
-            history, candidates = self.history(row), self.candidates(place, row)
             for replica in replicas:
-                yield {**row, "replica": replica}, make_view(row["request_id"], history, candidates, replica)
+                yield {**row, "replica": replica}, self.view(place, row, replica)
 
 
 def views(

@@ -1,0 +1,119 @@
+"""Stage `sft_examples`: accepted traces as training texts (METHOD 7).
+
+Reads    `reasoning_traces` (today's teacher), `candidates`, `candidate_features`, `items`, `semantic_ids` (split rerank); the vocabulary
+         of `midtrain`.
+Writes   `sft_examples`: one training text; key example_id = hash of sample and mode. Replaced whole.
+Rerun    every choice is a hash of the sample's id, so equal traces give equal examples.
+
+An accepted trace becomes a `think` example, a `direct` one (same order, empty thought), or both: `sft.modes` are shares of the traces. A
+trace whose request shows another list today, or whose thought exceeds the student's budget, is left out and counted.
+
+    gr2 stage sft_examples --profile demo
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+
+import schemas
+from gr2.answers import parse
+from gr2.config import Config
+from gr2.context import Context, Result
+from gr2.errors import AuditError
+from gr2.prompts import EMPTY_THOUGHT, View, format_answer, format_thought, render
+from scoring.engine import seed_of
+from scoring.model import encode_all, load_tokenizer
+from spark_jobs.prompting import Requests, render_texts, template_of
+from spark_jobs.publish import publish
+from spark_jobs.reasoning_traces import hash_of, most_relevant, teacher
+from spark_jobs.session import frame_of
+
+CHUNK = 512
+COLUMNS = ["sample_id", "request_id", "mode", "attempt", "prompt_hash", "text"]
+
+
+def run(cfg: Config, ctx: Context) -> Result:
+    """Renders the accepted traces and publishes. Raises AuditError where there is none, MissingInputError."""
+    wanted = ["rejection", "targeted"] if cfg.sft.traces == "both" else [cfg.sft.traces]
+    name = teacher(cfg, ctx).name
+    traces = ctx.lake.read("reasoning_traces", COLUMNS, order_by=["request_id", "sample_id"], teacher=name, verdict="accepted", mode=wanted)
+    left_out: Counter[str] = Counter()
+    tokenizer = load_tokenizer(ctx.model("midtrain", "midtrain").path)
+    rows = list(examples(ctx, cfg, tokenizer, traces.to_pylist(), left_out))
+    if not rows:
+        raise AuditError(
+            f"no usable trace of {name} in mode {cfg.sft.traces}: {traces.num_rows} accepted, left out {dict(left_out)}; "
+            "look at reasoning_traces, raise traces.max_attempts, or check traces.mode against sft.traces"
+        )
+    table = pa.Table.from_pylist(rows, schema=schemas.get("sft_examples").arrow())
+    count = publish(ctx, "sft_examples", frame_of(ctx, table))
+    detail = {**{f"left_out_{k}": v for k, v in left_out.items()}, **Counter(r["mode"] for r in rows)}
+    ctx.log(f"sft_examples: {count} of {traces.num_rows} accepted traces of {name}: {detail}")
+    return Result(rows_in=traces.num_rows, rows_out=count, detail=detail)
+
+
+def examples(ctx: Context, cfg: Config, tokenizer: Any, traces: list[dict[str, Any]], left_out: Counter[str]) -> Iterator[dict[str, Any]]:
+    """Rows of `sft_examples`; what cannot be used is counted by reason in `left_out`."""
+    usable = list(_usable(ctx, cfg, traces, left_out))
+    for start in range(0, len(usable), CHUNK):
+        chunk = usable[start : start + CHUNK]
+        lengths = encode_all(tokenizer, [thought for _, _, thought, _ in chunk])
+        for mode in ("think", "direct"):
+            picked = []
+            for entry, ids in zip(chunk, lengths, strict=True):
+                if not taught(entry[0]["sample_id"], mode, cfg):
+                    continue
+                if mode == "think" and len(ids) > cfg.prompt.max_thought_tokens:
+                    left_out["long_thought"] += 1
+                    continue
+                picked.append(entry)
+            texts = render_texts(tokenizer, [view for _, view, _, _ in picked], cfg, mode, filled=False)
+            for (trace, _, thought, order), prompt in zip(picked, texts, strict=True):
+                example = hashlib.sha256(f"{trace['sample_id']}\0{mode}".encode()).hexdigest()[:24]
+                yield {
+                    "example_id": example,
+                    "sample_id": trace["sample_id"],
+                    "request_id": trace["request_id"],
+                    "mode": mode,
+                    "source": trace["mode"],
+                    "prompt": prompt,
+                    "reasoning": format_thought(thought) if mode == "think" else EMPTY_THOUGHT,
+                    "answer": format_answer(order),
+                    "ordinal": seed_of("order", cfg.seed, example),
+                }
+
+
+def taught(sample_id: str, mode: str, cfg: Config) -> bool:
+    """Whether a trace is taught in a mode. Shares are cut from both ends of one draw: 0.6 and 0.4 part the traces, 1 and 1 teach each twice."""
+    draw = seed_of("mode", cfg.seed, sample_id) / 2**31
+    share = dict(cfg.sft.modes).get(mode, 0.0)  # type: ignore[call-overload]
+    return draw < share if mode == "think" else draw >= 1.0 - share
+
+
+def _usable(
+    ctx: Context, cfg: Config, traces: list[dict[str, Any]], left_out: Counter[str]
+) -> Iterator[tuple[dict[str, Any], View, str, tuple[str, ...]]]:
+    """(trace, its view, thought, labels in order) of traces whose prompt is the one that today's tables give."""
+    requests = Requests(ctx, cfg, "rerank", {t["request_id"] for t in traces})
+    place_of = {request: place for place, request in enumerate(requests.ids)}
+    template = template_of(cfg.prompt, cfg.traces.template)
+    for trace in traces:
+        place = place_of.get(trace["request_id"])
+        if place is None:
+            left_out["request_gone"] += 1
+            continue
+        row = requests.rows_of(place)
+        view = requests.view(place, row, trace["attempt"])
+        target = most_relevant(row["candidate_ids"], row["grades"]) if trace["mode"] == "targeted" else None
+        if hash_of(render(view, template, "think", target), template) != trace["prompt_hash"]:
+            left_out["list_changed"] += 1
+            continue
+        parsed = parse(trace["text"], view.labels, "think")
+        if parsed.order is None:
+            raise AuditError(
+                f"accepted sample {trace['sample_id']} does not parse: {parsed.status}; delete it and run reasoning_traces again"
+            )
+        yield trace, view, parsed.thought, parsed.order
