@@ -107,8 +107,8 @@ class Tokenizer(Section):
     random_levels: Positive = 1
     dim: Positive = 16  # width of the quantised space: narrower is more unique, wider keeps more of the vectors
     hidden: Positive = 256
-    steps: Positive = 1500
-    batch: Positive = 512
+    steps: Positive = 2000
+    batch: Positive = 256
     lr: float = 1e-3
     ema: float = Field(0.97, ge=0.0, lt=1.0)  # 0: codebooks learn by gradient
     kmeans_init: bool = True

@@ -120,17 +120,18 @@ def encode_texts(encoder: str, texts: list[str], batch: int = 64, max_tokens: in
     from transformers import AutoModel, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(encoder)
-    model = AutoModel.from_pretrained(encoder, use_safetensors=True).eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModel.from_pretrained(encoder, use_safetensors=True).to(device).eval()
     order = sorted(range(len(texts)), key=lambda i: (len(texts[i]), i))  # texts of like length share a batch: less padding
     vectors: dict[int, Floats] = {}
     for start in range(0, len(order), batch):
         rows = order[start : start + batch]
-        tokens = tokenizer([texts[i] for i in rows], padding=True, truncation=True, max_length=max_tokens, return_tensors="pt")
+        tokens = tokenizer([texts[i] for i in rows], padding=True, truncation=True, max_length=max_tokens, return_tensors="pt").to(device)
         with torch.no_grad():
             hidden_BTD = model(**tokens).last_hidden_state
         mask_BT1 = tokens["attention_mask"][:, :, None].to(hidden_BTD)
         mean_BD = (hidden_BTD * mask_BT1).sum(dim=1) / mask_BT1.sum(dim=1).clamp(min=1)
-        vectors.update(zip(rows, mean_BD.float().numpy(), strict=True))
+        vectors.update(zip(rows, mean_BD.float().cpu().numpy(), strict=True))
     return unit(np.stack([vectors[i] for i in range(len(texts))]))
 
 

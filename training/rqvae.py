@@ -108,14 +108,27 @@ class ResidualQuantiser(nn.Module):
 def fit(
     vectors_NV: Floats, settings: Tokenizer, seed: int, curve: Curve | None = None, pairs_P2: NDArray[np.integer] | None = None
 ) -> Codebooks:
-    """Trains on all rows; equal arguments give equal weights on one machine. `pairs_P2`: rows of co-engaged items (contrastive)."""
+    """Trains on all rows, on one thread: equal arguments give equal weights whatever the number of cores.
+
+    `pairs_P2`: rows of co-engaged items (for the contrastive loss). `curve` gets a row every LOG_EVERY steps.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # matrices this small gain nothing from more
+    try:
+        return _train(vectors_NV, settings, seed, curve, pairs_P2)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _train(vectors_NV: Floats, settings: Tokenizer, seed: int, curve: Curve | None, pairs_P2: NDArray[np.integer] | None) -> Codebooks:
     torch.manual_seed(seed)
-    x_NV = torch.from_numpy(np.ascontiguousarray(vectors_NV, dtype=np.float32))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x_NV = torch.from_numpy(np.ascontiguousarray(vectors_NV, dtype=np.float32)).to(device)
     width, codes = x_NV.shape[1], codes_in_use(len(x_NV), settings.levels, settings.codes)
     encoder, decoder = mlp(width, settings.hidden, settings.dim), mlp(settings.dim, settings.hidden, width)
-    partner = _partners(pairs_P2, len(x_NV), seed) if settings.contrastive and pairs_P2 is not None and len(pairs_P2) else None
+    partner = _partners(pairs_P2, len(x_NV), seed).to(device) if settings.contrastive and pairs_P2 is not None and len(pairs_P2) else None
     warm = int(settings.steps * WARM_SHARE)
-    net = nn.ModuleList([encoder, decoder])
+    net = nn.ModuleList([encoder, decoder]).to(device)
     optimizer, quantiser = torch.optim.AdamW(net.parameters(), lr=settings.lr, weight_decay=1e-4), None
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps, eta_min=settings.lr * 0.02)
     started = time.monotonic()
@@ -125,7 +138,7 @@ def fit(
             if settings.ema == 0:
                 optimizer.add_param_group({"params": list(quantiser.parameters()), "weight_decay": 0.0})
                 schedule.base_lrs.append(settings.lr)
-        loss, parts = _step(x_NV, rows_B, encoder, decoder, quantiser, settings, partner)
+        loss, parts = _step(x_NV, rows_B.to(device), encoder, decoder, quantiser, settings, partner)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -134,7 +147,7 @@ def fit(
             done = {"step": step + 1, "tokens": (step + 1) * len(rows_B), "seconds": time.monotonic() - started}
             curve({**done, "loss": float(loss.detach()), **parts})
     quantiser = quantiser or _start(encoder, x_NV, settings, codes, seed)
-    return Codebooks("rqvae", quantiser.books_LKD.detach().numpy().copy(), _layers(encoder), _layers(decoder))
+    return Codebooks("rqvae", quantiser.books_LKD.detach().cpu().numpy().copy(), _layers(encoder), _layers(decoder))
 
 
 def mlp(width: int, hidden: int, out: int) -> nn.Sequential:
@@ -145,7 +158,7 @@ def mlp(width: int, hidden: int, out: int) -> nn.Sequential:
 def info_nce(one_PD: Tensor, other_PD: Tensor) -> Tensor:
     """Cross-entropy of finding each row's partner among all rows by cosine (arXiv 1807.03748, eq. 4)."""
     scores_PP = F.normalize(one_PD, dim=1) @ F.normalize(other_PD, dim=1).T / TEMPERATURE
-    return F.cross_entropy(scores_PP, torch.arange(len(one_PD)))
+    return F.cross_entropy(scores_PP, torch.arange(len(one_PD), device=one_PD.device))
 
 
 def _step(
@@ -196,11 +209,11 @@ def _start(encoder: nn.Module, x_NV: Tensor, settings: Tokenizer, codes: int, se
     with torch.no_grad():
         z_ND = encoder(x_NV)
     if settings.kmeans_init:
-        books_LKD = torch.from_numpy(residual_kmeans(z_ND.numpy(), settings.levels, codes, seed))
+        books_LKD = torch.from_numpy(residual_kmeans(z_ND.cpu().numpy(), settings.levels, codes, seed))
     else:
         rows = torch.randint(len(z_ND), (settings.levels, codes), generator=torch.Generator().manual_seed(seed))
-        books_LKD = z_ND[rows] / settings.levels
-    return ResidualQuantiser(books_LKD, settings.ema)
+        books_LKD = z_ND.cpu()[rows] / settings.levels
+    return ResidualQuantiser(books_LKD, settings.ema).to(x_NV.device)
 
 
 def _batches(items: int, batch: int, steps: int, seed: int) -> Iterator[Tensor]:
@@ -224,4 +237,4 @@ def _partners(pairs_P2: NDArray[np.integer], items: int, seed: int) -> Tensor:
 
 
 def _layers(net: nn.Sequential) -> Layers:
-    return tuple((m.weight.detach().numpy().T.copy(), m.bias.detach().numpy().copy()) for m in net if isinstance(m, nn.Linear))
+    return tuple((m.weight.detach().cpu().numpy().T.copy(), m.bias.detach().cpu().numpy().copy()) for m in net if isinstance(m, nn.Linear))
