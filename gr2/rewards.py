@@ -17,7 +17,6 @@ from gr2.answers import Parsed
 from gr2.prompts import WORD
 
 Kind = Literal["gr2", "normalised", "auc", "ndcg"]
-_TINY = 1e-12  # differences below are rounding
 _PIECE = re.compile(r"<[a-z]_\d+>|\w+|[^\w\s]")
 _CITATION = re.compile(r"@(\w+)|([.,;:!?\n])|\b(" + WORD.pattern + r")\b")
 
@@ -84,15 +83,13 @@ def reward(
 def rank_reward(kind: Kind, before: Sequence[int], after: Sequence[int]) -> float:
     """R_rank of METHOD 8 from the grades read along D and along o (the same multiset, one grade above 0 at least)."""
     if kind == "gr2":
-        gain = (mean_top_rank(before) - mean_top_rank(after)) / len(before)
-    elif kind == "normalised" and is_ideal(kind, before):
-        gain = 0.0 if is_ideal(kind, after) else ndcg(after) - 1.0
-    elif kind == "normalised":
-        gain = max(-1.0, min(1.0, (ndcg(after) - ndcg(before)) / (1.0 - ndcg(before))))
-    else:
-        score: Callable[[Sequence[int]], float] = auc if kind == "auc" else ndcg
-        gain = score(after) - score(before)
-    return gain if abs(gain) > _TINY else 0.0
+        return (mean_top_rank(before) - mean_top_rank(after)) / len(before)
+    if kind == "normalised" and is_ideal(kind, before):
+        return 0.0 if is_ideal(kind, after) else ndcg(after) - 1.0
+    if kind == "normalised":
+        return max(-1.0, min(1.0, (ndcg(after) - ndcg(before)) / (1.0 - ndcg(before))))
+    score: Callable[[Sequence[int]], float] = auc if kind == "auc" else ndcg
+    return score(after) - score(before)
 
 
 def is_ideal(kind: Kind, grades: Sequence[int]) -> bool:
@@ -123,8 +120,8 @@ def auc(grades: Sequence[int]) -> float:
 
 
 def _dcg(grades: Sequence[int]) -> float:
-    """math.fsum, so that swapping equal grades cannot change the last bit (a change would look like an improvement)."""
-    return math.fsum((2**g - 1) / math.log2(1 + rank) for rank, g in enumerate(grades, 1))
+    """Read along the grades: candidates of equal grade that change places leave every bit as it was, so rounding is no improvement."""
+    return sum((2**g - 1) / math.log2(1 + rank) for rank, g in enumerate(grades, 1))
 
 
 # -- form -------------------------------------------------------------------------------------------------------------

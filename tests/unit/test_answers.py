@@ -30,6 +30,7 @@ CASES = [
     (f"<think>y</think>{GOOD}", "direct", "unexpected_thought"),
     (f"<think>y</think>{GOOD}", "score", "unexpected_thought"),
     (f"<think>a<think>b</think>c</think>{GOOD}", "think", "nested_thought"),
+    (f"<think>a<think>b</think>{GOOD}", "think", "nested_thought"),
     (f"<think>a</think><think>b</think>{GOOD}", "think", "nested_thought"),
     (f"<think>a</think></think>{GOOD}", "think", "nested_thought"),
     (f"<think>a</think>{GOOD}</think>", "think", "nested_thought"),

@@ -195,6 +195,8 @@ def test_levels_best_and_unknown_values() -> None:
     assert [s.get("next") for s in said] == [None, "nextLow", "nextLow", "nextMid", "nextTop", "nextTop", None, None]
     assert [i for i, s in enumerate(said) if "next_best" in s] == [4, 5]
     assert [s["prior"] for s in said[:3]] == ["priorOne", "priorTwo", "priorThree"]
+    unknown_first = make_view("r", [], [candidate(0, pair_next=float("nan")), candidate(1, pair_next=3)], 0)
+    assert ["next_best" in s for s in prompts.evidence_of(unknown_first, TERSE)] == [False, True]
     nothing = make_view("r", [], [candidate(n, pair_next=0) for n in range(3)], 0)
     assert not any("next_best" in s for s in prompts.evidence_of(nothing, TERSE))
 
