@@ -236,12 +236,10 @@ def start_processes() -> None:
     import deepspeed
     import torch.distributed as dist
 
-    single = int(os.environ["WORLD_SIZE"]) == 1
-    if single:  # no peer to share memory with: spares a minute of compiling
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo does: spares each new machine minutes of compiling
     if not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        if single:
+        if os.environ["WORLD_SIZE"] == "1":
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         deepspeed.init_distributed(dist_backend=backend, verbose=False)
 

@@ -1,0 +1,291 @@
+"""The training loop: packing and accumulation change nothing, a stopped training goes on bit for bit, what comes out is a plain model."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gr2 import PROJECT
+from gr2.config import Model, Training
+from gr2.errors import ConfigError, ModelError
+from scoring.model import build_model, build_vocabulary, load, save
+from training import checkpoints
+from training.data import Batch, Example, batches, pack, to_batch
+from training.loop import Engine, learning_rate, open_engine, planned_steps, token_logprobs, train
+
+pytestmark = pytest.mark.e2e
+TINY = Model(hidden=32, layers=2, heads=2, kv_heads=1, mlp=64, dropout=0.1)
+FAST = Training(lr=1e-2, row_tokens=48, tokens_per_batch=48 * 4, precision="fp32", max_steps=12)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return build_vocabulary(["some words to learn"] * 3, 280, [], tmp_path_factory.mktemp("vocabulary"))
+
+
+def examples(count: int = 60) -> list[Example]:
+    generator = torch.Generator().manual_seed(5)
+
+    def draw(low: int, high: int) -> list[int]:
+        length = int(torch.randint(low, high, (1,), generator=generator))
+        return torch.randint(3, 250, (length,), generator=generator).sort().values.tolist()  # sorted: there is something to learn
+
+    return [Example(draw(1, 8), [(draw(2, 10), 0.3), (draw(2, 14), 1.0)]) for _ in range(count)]
+
+
+def loss_fn(model: Any, batch: Batch) -> tuple[torch.Tensor, dict[str, float | torch.Tensor]]:
+    logps_BT = token_logprobs(model, batch)
+    return -(logps_BT * batch.weights_BT).sum() / batch.norm, {"learned": float(batch.learned_BT.sum())}
+
+
+def run(tokenizer: Any, folder: Path, settings: Training = FAST, **more: Any) -> tuple[Any, list[dict[str, float]]]:
+    """A training from a fixed start: the model, and its curve without the seconds."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model = build_model(TINY, tokenizer, None, seed=7)
+    loader = batches(pack(examples(), settings.row_tokens), settings.tokens_per_batch, seed=9)
+    train(model, loader, more.pop("loss", loss_fn), settings, folder=folder, total_steps=planned_steps(loader, settings), seed=1, **more)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return model, [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+
+
+def same_weights(a: Any, b: Any) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def test_packed_logprobs_equal_separate_runs(tokenizer: Any) -> None:
+    model, alone = build_model(TINY, tokenizer, None, seed=7).eval(), examples(25)
+    rows = pack(alone, 64)
+    batch = to_batch(rows, slice(None))
+    with torch.no_grad():
+        packed_BT = token_logprobs(model, batch)
+        for i, example in enumerate(alone):
+            ids = torch.tensor([[*example.prompt_ids, *example.segments[0][0], *example.segments[1][0]]])
+            logps = model(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
+            ours = packed_BT[torch.from_numpy(rows.segment_ids == i)]
+            learned = slice(len(example.prompt_ids), None)
+            torch.testing.assert_close(ours[learned], logps[len(example.prompt_ids) - 1 :], atol=1e-5, rtol=0)
+            assert (ours[: len(example.prompt_ids)] == 0).all()
+
+
+def test_an_example_does_not_feel_its_neighbours(tokenizer: Any) -> None:
+    model = build_model(TINY, tokenizer, None, seed=7).eval()
+    batch = to_batch(pack(examples(12), 96), slice(None))
+    others_BT = batch.segment_ids_BT != 3
+    changed = replace(batch, input_ids_BT=torch.where(others_BT, (batch.input_ids_BT + 17) % 250, batch.input_ids_BT))
+    with torch.no_grad():
+        before, after = token_logprobs(model, batch), token_logprobs(model, changed)
+    torch.testing.assert_close(before[~others_BT], after[~others_BT], atol=1e-6, rtol=0)
+    assert not torch.allclose(before[others_BT], after[others_BT])
+
+
+def test_chunks_of_the_head_change_neither_values_nor_gradients(tokenizer: Any) -> None:
+    grads = []
+    for chunk in (7, 4096):
+        model = build_model(TINY, tokenizer, None, seed=7).eval()
+        token_logprobs(model, to_batch(pack(examples(6), 64), slice(None)), chunk=chunk).sum().backward()
+        grads.append(model.get_input_embeddings().weight.grad)
+    torch.testing.assert_close(*grads, atol=1e-5, rtol=1e-4)
+
+
+def test_learning_rate_warms_up_and_falls_to_a_tenth() -> None:
+    settings = Training(lr=1.0, warmup=0.1)
+    rates = [learning_rate(settings, step, 100) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == rates[9] == 1.0
+    assert rates[-1] == pytest.approx(0.1, abs=1e-3)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_accumulation_changes_nothing(tokenizer: Any, stage: int) -> None:
+    rows = pack(examples(), 48)
+    results = []
+    for parts in (1, 4):
+        model = build_model(TINY.model_copy(update={"dropout": 0.0}), tokenizer, None, seed=7)
+        engine = open_engine(model, FAST.model_copy(update={"zero_stage": stage, "weight_decay": 0.1}), total_steps=3)
+        lines = []
+        for step in range(3):
+            pieces = [to_batch(rows, list(range(step * 8 + p * (8 // parts), step * 8 + (p + 1) * (8 // parts)))) for p in range(parts)]
+            lines.append(engine.backward_and_step(loss_fn, pieces))
+        engine.close()
+        results.append((lines, model))
+    for one, many in zip(results[0][0], results[1][0], strict=True):
+        assert one == pytest.approx(many, rel=2e-4)
+    for a, b in zip(results[0][1].parameters(), results[1][1].parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-3)
+        assert a.shape == b.shape
+
+
+def test_stages_agree_and_learn(tokenizer: Any, tmp_path: Path) -> None:
+    curves = {stage: run(tokenizer, tmp_path / str(stage), FAST.model_copy(update={"zero_stage": stage}))[1] for stage in (0, 1, 3)}
+    assert curves[1][-1]["loss"] < curves[1][0]["loss"] - 0.3
+    for stage in (0, 3):
+        assert [line["loss"] for line in curves[stage]] == pytest.approx([line["loss"] for line in curves[1]], rel=1e-3)
+    assert curves[1][-1]["step"] == 12
+    assert curves[1][-1]["tokens"] > curves[1][-2]["tokens"] > 0
+
+
+class Stop(Exception):
+    """Stands for a kill."""
+
+
+def stop_after(calls: int) -> Any:
+    left = iter(range(calls))
+
+    def stopping(model: Any, batch: Batch) -> Any:
+        if next(left, None) is None:
+            raise Stop
+        return loss_fn(model, batch)
+
+    return stopping
+
+
+@pytest.mark.parametrize(("stage", "average"), [(1, 0.9), (3, 0.0)])
+def test_a_stopped_training_goes_on_bit_for_bit(tokenizer: Any, tmp_path: Path, stage: int, average: float) -> None:
+    settings = FAST.model_copy(
+        update={"zero_stage": stage, "average": average, "checkpoint_every": 4, "accumulation": 2, "precision": "bf16"}
+    )
+    whole, curve = run(tokenizer, tmp_path / "whole", settings)
+    home = tmp_path / "checkpoint"
+    with pytest.raises(Stop):
+        run(tokenizer, tmp_path / "stopped", settings, loss=stop_after(2 * 10 + 1), checkpoint=home, fingerprint="a")
+    kept = checkpoints.latest(home)
+    assert kept is not None
+    assert kept.name == "step-000008"
+    assert [p.name for p in home.iterdir() if p.is_dir()] == ["step-000008"]
+    resumed, again = run(tokenizer, tmp_path / "resumed", settings, checkpoint=home, fingerprint="a")
+    assert again == curve
+    assert same_weights(resumed, whole)
+    assert checkpoints.latest(home) is None  # removed at the end
+
+
+def test_a_broken_checkpoint_is_refused_and_a_foreign_one_ignored(tokenizer: Any, tmp_path: Path) -> None:
+    settings, home = FAST.model_copy(update={"checkpoint_every": 2}), tmp_path / "checkpoint"
+    with pytest.raises(Stop):
+        run(tokenizer, tmp_path / "stopped", settings, loss=stop_after(5), checkpoint=home, fingerprint="a")
+    kept = checkpoints.latest(home)
+    assert kept is not None
+    victim = next(kept.rglob("*optim_states.pt"))
+    content = victim.read_bytes()
+    victim.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ModelError, match="differs from its manifest"):
+        run(tokenizer, tmp_path / "broken", settings, checkpoint=home, fingerprint="a")
+    victim.write_bytes(content)
+    (kept / "extra.pt").write_bytes(b"x")
+    with pytest.raises(ModelError, match=r"extra\.pt"):
+        checkpoints.verify(kept)
+    (kept / "extra.pt").unlink()
+    _, curve = run(tokenizer, tmp_path / "other", settings, checkpoint=home, fingerprint="b")
+    assert curve[0]["step"] == 1
+    assert len(curve) == 12
+
+
+def test_a_kill_while_saving_leaves_the_last_good_one(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings, home = FAST.model_copy(update={"checkpoint_every": 3}), tmp_path / "checkpoint"
+    _, curve = run(tokenizer, tmp_path / "whole", settings)
+    digests, calls = checkpoints._digests, iter(range(1))
+
+    def killed(folder: Path) -> dict[str, str]:
+        if next(calls, None) is None:
+            raise Stop
+        return digests(folder)
+
+    monkeypatch.setattr(checkpoints, "_digests", killed)
+    with pytest.raises(Stop):
+        run(tokenizer, tmp_path / "stopped", settings, checkpoint=home, fingerprint="a")
+    monkeypatch.undo()
+    assert sorted(p.name for p in home.iterdir() if p.is_dir()) == [".draft-step-000006", "step-000003"]
+    _, again = run(tokenizer, tmp_path / "resumed", settings, checkpoint=home, fingerprint="a")
+    assert again == curve
+
+
+def test_what_is_exported_are_the_averaged_weights_of_a_plain_model(tokenizer: Any, tmp_path: Path) -> None:
+    plain, _ = run(tokenizer, tmp_path / "plain")
+    averaged, _ = run(tokenizer, tmp_path / "averaged", FAST.model_copy(update={"average": 0.9}))
+    assert not same_weights(plain, averaged)
+    save(averaged, tokenizer, tmp_path / "export")
+    code = (
+        "import sys, torch, transformers as t\n"
+        "m = t.AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval(); k = t.AutoTokenizer.from_pretrained(sys.argv[1])\n"
+        "print(m(**k('some words', return_tensors='pt')).logits.double().sum().item())"
+    )
+    env = {**os.environ, "PYTHONPATH": ""}
+    printed = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "export")], capture_output=True, text=True, check=True, cwd=tmp_path, env=env
+    )
+    model, vocabulary = load(tmp_path / "export")
+    assert float(printed.stdout) == pytest.approx(
+        model(**vocabulary("some words", return_tensors="pt")).logits.double().sum().item(), abs=1e-3
+    )
+    assert same_weights(model, averaged)
+
+
+def test_bf16_trains_like_fp32_on_fp32_weights(tokenizer: Any, tmp_path: Path) -> None:
+    model, low = run(tokenizer, tmp_path / "bf16", FAST.model_copy(update={"precision": "bf16"}))
+    _, full = run(tokenizer, tmp_path / "fp32")
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert low[-1]["loss"] == pytest.approx(full[-1]["loss"], rel=0.02)
+    assert low[0]["loss"] != full[0]["loss"]
+
+
+def test_validation_joins_the_curve(tokenizer: Any, tmp_path: Path) -> None:
+    _, curve = run(tokenizer, tmp_path, validate=lambda model: {"training": float(model.training)}, validate_every=5)
+    assert [line["step"] for line in curve if "valid_training" in line] == [5, 10, 12]
+    assert {line["valid_training"] for line in curve if "valid_training" in line} == {0.0}
+
+
+def test_impossible_settings_are_refused(tokenizer: Any) -> None:
+    model = build_model(TINY, tokenizer, None, seed=7)
+    with pytest.raises(ConfigError, match="no DeepSpeed configuration"):
+        Engine(model, FAST.model_copy(update={"deepspeed": "absent"}), 1)
+    with pytest.raises(ConfigError, match="another ZeRO stage"):
+        Engine(model, FAST.model_copy(update={"deepspeed": "zero3", "zero_stage": 1}), 1)
+    with pytest.raises(ConfigError, match="zero_stage 2 or less"):
+        Engine(model, FAST.model_copy(update={"average": 0.9, "zero_stage": 3}), 1)
+    broken = build_model(TINY, tokenizer, None, seed=7)
+    broken.model.norm.weight.data.fill_(float("nan"))
+    engine = Engine(broken, FAST, 1)
+    with pytest.raises(ModelError, match="loss is nan"):
+        engine.backward_and_step(loss_fn, [to_batch(pack(examples(4), 64), slice(None))])
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from tests.e2e import test_loop as t
+from scoring.model import load
+from training.loop import rank, world, train, planned_steps
+from training.data import batches, pack
+from scoring.model import build_model
+from transformers import AutoTokenizer
+settings = t.FAST.model_copy(update={"zero_stage": int(sys.argv[2])})
+model = build_model(t.TINY.model_copy(update={"dropout": 0.0}), AutoTokenizer.from_pretrained(sys.argv[3]), None, seed=7)
+loader = batches(pack(t.examples(), 48), 192, seed=9, rank=rank(), world=world())
+folder = Path(sys.argv[1]); folder.mkdir(exist_ok=True)
+train(model, loader, t.loss_fn, settings, folder=folder, total_steps=6, seed=1)
+"""
+
+
+def test_two_processes_train_like_one(tokenizer: Any, tmp_path: Path) -> None:
+    tokenizer.save_pretrained(tmp_path / "vocabulary")
+    script = tmp_path / "two.py"
+    script.write_text(SCRIPT)
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    env |= {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+    curves = []
+    for count in (1, 2):
+        folder = tmp_path / f"run{count}"
+        command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", str(script)]
+        command += [str(folder), "2", str(tmp_path / "vocabulary")]
+        subprocess.run([sys.executable, *command], check=True, env=env, capture_output=True, timeout=500)
+        curves.append([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()])
+    for one, two in zip(*curves, strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+        assert two["tokens"] == one["tokens"]
