@@ -35,6 +35,7 @@ REFERENCES = ("prerank", "lambdamart")
 FULL_METRICS = ("recall@5", "recall@10", "ndcg@5", "ndcg@10")
 INGESTS = ("events", "items")
 Order = list[str] | None
+Orders = Mapping[tuple[str, str], Mapping[str, Order]]  # (model, mode) -> request -> order
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def run(cfg: Config, ctx: Context) -> Result:
     requests = judged(ctx)
     scored = [r for r in current_scores(cfg, ctx) if r["request_id"] in requests.place]
     coverage = list(check_coverage(requests, scored))
-    orders = {("prerank", "order"): requests.incoming, **_baselines(ctx), **_models(scored)}
+    orders: Orders = {("prerank", "order"): requests.incoming, **_baselines(ctx), **_models(scored)}
     rows = [*figures(cfg, requests, orders), *full_ranking(cfg, requests)]
     common = {"run_id": ctx.run_id, "profile": cfg.profile, "protocol": f"{cfg.data.protocol}/{cfg.data.same_day_order}", "seed": cfg.seed}
     count = _replace_run(ctx, "metrics", [{**common, **row} for row in rows])
@@ -139,11 +140,13 @@ def check_coverage(requests: Requests, scored: list[dict[str, Any]]) -> Iterator
     for model, mode in names:
         done = {r["request_id"] for r in scored if (r["model"], r["mode"], r["replica"]) == (model, mode, 0)}
         misses = len(requests.rows) - len(hits)
-        detail = f"requests with their target that were not scored; of {misses} without it {len(done - hits)} were: the others are zero under any order"
+        detail = (
+            f"requests not scored that have their target; of {misses} without it {len(done - hits)} were: the rest is zero in any order"
+        )
         yield finding("coverage", f"{model}/{mode}", float(len(hits - done)), high=0.0, detail=detail)
 
 
-def _models(scored: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Order]]:
+def _models(scored: list[dict[str, Any]]) -> Orders:
     orders: dict[tuple[str, str], dict[str, Order]] = {}
     for row in scored:
         if row["replica"] == 0:
@@ -151,7 +154,7 @@ def _models(scored: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Ord
     return orders
 
 
-def _baselines(ctx: Context) -> dict[tuple[str, str], dict[str, Order]]:
+def _baselines(ctx: Context) -> Orders:
     orders: dict[tuple[str, str], dict[str, Order]] = {}
     for row in ctx.lake.read("baselines", ["request_id", "model", "new_order"], order_by=["model", "request_id"], split=SPLIT).to_pylist():
         orders.setdefault((row["model"], "order"), {})[row["request_id"]] = row["new_order"]
@@ -161,7 +164,7 @@ def _baselines(ctx: Context) -> dict[tuple[str, str], dict[str, Order]]:
 # -- figures ----------------------------------------------------------------------------------------------------------
 
 
-def figures(cfg: Config, requests: Requests, orders: Mapping[tuple[str, str], Mapping[str, Order]]) -> Iterator[dict[str, Any]]:
+def figures(cfg: Config, requests: Requests, orders: Orders) -> Iterator[dict[str, Any]]:
     """Each model's values, and its paired differences to the references, on every population and slice that has requests."""
     graded = {name: requests.graded(found) for name, found in orders.items()}
     for metric in metrics.NAMES:
@@ -264,7 +267,9 @@ def results_table(ctx: Context) -> Any:
 
     found = ctx.lake.read("metrics").to_pylist()
     run_id = ctx.run_id if any(r["run_id"] == ctx.run_id for r in found) else max(r["run_id"] for r in found)
-    cells = {(r["model"], r["mode"], r["population"], r["slice"], r["metric"], r["reference"]): r for r in found if r["run_id"] == run_id}
+    cells: dict[tuple[str, ...], dict[str, Any]] = {
+        (r["model"], r["mode"], r["population"], r["slice"], r["metric"], r["reference"]): r for r in found if r["run_id"] == run_id
+    }
     names = list(dict.fromkeys(key[:2] for key in sorted(cells) if key[1] != "full"))
     table = Table(title="orders where the target is in the list", caption=_caption(cells), box=box.SIMPLE, padding=(0, 1, 0, 0))
     for column in ("model", "R@1", "N@3", "R@1 over prerank", "N@3 over prerank"):

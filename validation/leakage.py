@@ -8,6 +8,7 @@ That under leave-one-out another user's training item may be later than a target
 
 from typing import Any
 
+from gr2 import artifacts
 from gr2.context import Context
 from validation.findings import Finding, finding
 
@@ -60,6 +61,19 @@ CHECKS: dict[str, tuple[tuple[str, ...], str, str]] = {
         WHERE p.count > coalesce(c.n, 0) OR p.next_count > coalesce(c.direct, 0)
         """,
         "a pair counts more than the interactions that its fit may see",
+    ),
+    "midtrain_histories": (
+        ("interactions", "midtrain_examples", "semantic_ids"),
+        FITTED
+        + """
+        , said AS (
+            SELECT fit, regexp_extract(example_id, '^history:(.*):[0-9]+$', 1) AS user_id,
+                unnest(regexp_extract_all(prompt || completion, '<a_[0-9]+>(?:<[b-j]_[0-9]+>)*')) AS sid
+            FROM midtrain_examples WHERE task = 'history'),
+        named AS (SELECT s.fit, s.user_id, i.item_id FROM said s JOIN semantic_ids i ON i.token_text = s.sid AND i.tokenizer = $tokenizer)
+        SELECT count(*) FROM named ANTI JOIN fitted USING (fit, user_id, item_id)
+        """,
+        "a mid-training history names an item that the user did not choose within its fit",
     ),
     "request_fit": (
         ("candidates",),
@@ -128,6 +142,8 @@ def audit(ctx: Context) -> list[Finding]:
     import duckdb
 
     checks = {**CHECKS, **(TIME_ONLY if ctx.cfg.data.protocol == "time" else {})}
+    tokenizer = artifacts.resolve(ctx.root, "tokenizer", "tokenizer").id if "tokenizer" in artifacts.names(ctx.root) else ""
+    known: dict[str, Any] = {"window": ctx.cfg.evidence.window, "tokenizer": tokenizer}
     found = []
     with duckdb.connect() as connection:
         tables = sorted({t for needed, _, _ in checks.values() for t in needed})
@@ -138,7 +154,7 @@ def audit(ctx: Context) -> list[Finding]:
             if not there.issuperset(needed):
                 ctx.log(f"leakage check {name} left out: there is no table {', '.join(sorted(set(needed) - there))}")
                 continue
-            parameters: dict[str, Any] = {"window": ctx.cfg.evidence.window} if "$window" in query else {}
+            parameters = {name: value for name, value in known.items() if f"${name}" in query}
             row = connection.execute(query, parameters).fetchone()
             count = float(row[0] or 0) if row else 0.0
             found.append(finding("leakage", name, count, high=0.0, detail=f"violations: {meaning}"))

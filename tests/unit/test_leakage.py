@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import schemas
+from gr2 import artifacts
 from gr2.config import load
 from gr2.context import Context
 from validation import leakage
@@ -53,17 +54,33 @@ def world(logs: list[list[int]], window: int = 2) -> World:
             pairs.append({"fit": fit, "item_id": a, "next_item_id": b, "count": n, "next_count": directs[a, b]})
     train = [r for r in requests if r["split"] == "rerank"]
     examples = [{"example_id": r["request_id"], "request_id": r["request_id"]} for r in train]
-    counts = {(s["fit"], s["item_id"]): s["count"] for s in stats}
-    features = [{"request_id": r["request_id"], "item_id": r["target_id"], "popularity": math.log1p(counts.get((r["fit"], r["target_id"]), 0))}
-                for r in requests]  # fmt: skip
+    popularity = {(s["fit"], s["item_id"]): math.log1p(s["count"]) for s in stats}
+    features = [
+        {"request_id": r["request_id"], "item_id": r["target_id"], "popularity": popularity.get((r["fit"], r["target_id"]), 0.0)}
+        for r in requests
+    ]
     prompts = [{"request_id": r["request_id"], "split": r["split"]} for r in requests if r["split"] != "test"]
-    return {"interactions": interactions, "candidates": requests, "candidate_features": features, "item_stats": stats, "item_pairs": pairs,
-            "sft_examples": examples, "distill_examples": examples, "rl_prompts": prompts}  # fmt: skip
+    sids = [{"tokenizer": "x", "item_id": f"i{i}", "token_text": f"<a_{i}><b_0>"} for i in range(100)]
+    texts = [
+        {"fit": fit, "example_id": f"history:u{user}:0", "task": "history", "prompt": "",
+         "completion": "".join(f"<a_{i}><b_0>" for i in items[: len(items) - (3 if fit == "train" else 2)])}
+        for fit in ALLOWED for user, items in enumerate(logs)
+    ]  # fmt: skip
+    return {
+        "interactions": interactions, "candidates": requests, "candidate_features": features, "item_stats": stats, "item_pairs": pairs,
+        "midtrain_examples": texts, "semantic_ids": sids, "sft_examples": examples, "distill_examples": examples, "rl_prompts": prompts,
+    }  # fmt: skip
 
 
 def failed(tables: World, *overrides: str) -> set[str]:
     """Names of the failed checks, through real Delta tables."""
     with tempfile.TemporaryDirectory() as root:
+        with artifacts.publish_folder(Path(root), "tokenizer", {}) as folder:
+            (folder / "config.json").write_text("{}")
+        tables = {
+            **tables,
+            "semantic_ids": [{**r, "tokenizer": artifacts.resolve(Path(root), "tokenizer", "").id} for r in tables["semantic_ids"]],
+        }
         ctx = Context(load("demo", [f"paths.root={root}", "evidence.window=2", "data.protocol=leave_one_out", *overrides]))
         for name, rows in tables.items():
             fields = [f for f in schemas.get(name).arrow() if rows and f.name in rows[0]]
@@ -94,6 +111,7 @@ LEAKS = {
     "item_stats_recount": recount(("rerank", "valid", "test")),
     "reference_date": change("item_stats", 0, reference_date=START + dt.timedelta(days=300)),
     "item_pairs_recount": change("item_pairs", 0, count=99),
+    "midtrain_histories": lambda tables: tables["midtrain_examples"][0].update(prompt=f"<a_{LOGS[0][-1]}><b_0>"),
     "request_fit": change("candidates", 0, fit="refit"),
     "history_before_target": lambda tables: tables["candidates"][0]["history_ids"].append(tables["candidates"][1]["target_id"]),
     "sft_requests": lambda tables: tables.update(sft_examples=[{"example_id": "x", "request_id": "test:u0"}]),

@@ -1,0 +1,330 @@
+"""What each model makes of each request: one Spark job, one vLLM engine a Python worker, every model in turn (DESIGN contract 9).
+
+Reads: `candidates`, `candidate_features`, `items`, `semantic_ids`, and those of scoring.models that exist (at least one).
+Writes: `rerank_scores` (one request, model, mode and replica; key of these four), insert-only.
+Scored are the requests of scoring.splits with something relevant in the list, a seeded sample of the others (scoring.miss_sample: no
+order of them can score), and a seeded sample in further replicas for the position audit.
+A rerun is harmless: what the table holds is not asked again; decoding is greedy. What was generated is written once, then parsed,
+audited, published. A request that cannot be read or answered is a row with the failure's name.
+
+Modes: think and direct generate; score orders by the labels' log-probabilities at the first answer position, less the label's prior
+(its mean over all scored requests of the model: what the label's name alone is worth).
+
+    gr2 stage rerank_scores --profile P
+"""
+
+import hashlib
+import itertools
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyspark.sql.pandas.types import from_arrow_schema
+
+import schemas
+from gr2 import artifacts
+from gr2.answers import parse
+from gr2.artifacts import Artifact
+from gr2.config import Config
+from gr2.context import Context, Result
+from gr2.errors import MissingInputError, ModelError
+from gr2.prompts import LABELS, Mode, View, prompt_hash
+from schemas.base import DOUBLE, FLOAT, INT, STRING, list_of
+from scoring.engine import Ask, seed_of
+from scoring.model import encode_all, load_tokenizer
+from spark_jobs.engine_pool import Spec, engine_for, on_workers, portable
+from spark_jobs.prompting import render_texts, sample, template_of, views
+from spark_jobs.publish import publish
+
+RENDERED = 512  # prompts rendered at once
+ROOM = 4  # tokens beyond thought and answer: the tags and the end
+UNREADABLE, ENGINE = "prompt_too_long", "engine_error"
+ASKED = pa.schema(
+    [
+        ("request_id", STRING), ("model_id", STRING), ("model", STRING), ("mode", STRING), ("replica", INT), ("split", STRING),
+        ("path", STRING), ("prompt", STRING), ("prompt_hash", STRING), ("max_tokens", INT),
+        ("candidates", list_of(STRING)), ("labels", list_of(STRING)), ("shown", list_of(INT)),
+    ]
+)  # fmt: skip
+ANSWERED = pa.schema(
+    [
+        ("text", STRING),
+        ("error", STRING),
+        ("logprobs", list_of(FLOAT)),
+        ("prompt_tokens", INT),
+        ("completion_tokens", INT),
+        ("seconds", DOUBLE),
+    ]
+)
+KEY = ("request_id", "model_id", "mode", "replica")
+
+
+def run(cfg: Config, ctx: Context) -> Result:
+    """Scores what is not in the table yet. Raises MissingInputError if no configured model exists, EngineError if none can be served."""
+    models = scored_models(cfg, ctx)
+    asked = asks(cfg, ctx, models)
+    ctx.log(f"rerank_scores: {asked.num_rows} answers to come from {', '.join(m.id for m in models)}")
+    if not asked.num_rows:
+        if ctx.lake.exists("rerank_scores"):
+            ctx.pin("tables", "rerank_scores", ctx.lake.version("rerank_scores"))
+        return Result(detail={"models": [m.id for m in models]})
+    raw = ctx.work("rerank_scores") / "answered"
+    shutil.rmtree(raw, ignore_errors=True)
+    # One job over all that is asked, written once: a lazy plan that is read twice would generate twice.
+    job = _answering(portable(cfg, ctx))
+    on_workers(ctx, asked, job, pa.schema([*ASKED, *ANSWERED])).write.parquet(str(raw))
+    answered = ctx.spark.read.parquet(str(raw))
+    prior = label_priors(ctx, pq.read_table(raw, columns=["model_id", "mode", "labels", "logprobs"]))
+    contract = schemas.get("rerank_scores")
+    added = publish(ctx, "rerank_scores", answered.mapInArrow(_judged(prior), from_arrow_schema(contract.arrow())))
+    statuses, tokens = _counts(pq.read_table(raw, columns=["error", "prompt_tokens", "completion_tokens"]))
+    shutil.rmtree(raw, ignore_errors=True)
+    return Result(rows_in=asked.num_rows, rows_out=added, tokens=tokens, detail={"models": [m.id for m in models], **statuses})
+
+
+# -- what is asked ----------------------------------------------------------------------------------------------------
+
+
+def scored_models(cfg: Config, ctx: Context) -> list[Artifact]:
+    """The configured models that exist. Raises MissingInputError if there is none."""
+    there = set(artifacts.names(ctx.root))
+    if missing := [name for name in cfg.scoring.models if name not in there]:
+        ctx.log(f"rerank_scores: not trained, so not scored: {', '.join(missing)}")
+    models = [ctx.model(name, "sft") for name in cfg.scoring.models if name in there]
+    if not models:
+        raise MissingInputError(f"none of the models {', '.join(cfg.scoring.models)} exists under {ctx.root}: run `gr2 stage sft` first")
+    return models
+
+
+def chosen(cfg: Config, ctx: Context, split: str) -> tuple[list[str], list[str]]:
+    """(requests to score, those of them that the position audit asks again): hits and a sample of misses; a sample of all of these."""
+    table = ctx.lake.read("candidates", ["request_id", "grades"], order_by=["request_id"], split=split)
+    ids, grades = table["request_id"].to_pylist(), table["grades"].to_pylist()
+    hits = [i for i, g in zip(ids, grades, strict=True) if any(g)]
+    misses = [i for i, g in zip(ids, grades, strict=True) if not any(g)]
+    some = sample(misses, cfg.scoring.miss_sample, cfg.seed, "misses") if cfg.scoring.miss_sample else []
+    scored = sorted([*hits, *some])
+    return scored, sample(scored, cfg.scoring.audit_requests, cfg.seed, "position")
+
+
+def asks(cfg: Config, ctx: Context, models: list[Artifact]) -> pa.Table:
+    """One row for each answer that the table does not hold yet (schema ASKED)."""
+    known = _known(ctx, models)
+    renderers = _renderers(cfg, models)
+    parts = [ASKED.empty_table()]
+    for split in cfg.scoring.splits:
+        for part in _chunks(_shown(cfg, ctx, split)):
+            for model in models:
+                for mode in cfg.scoring.models[model.name]:
+                    texts = renderers[model.name](part, mode)
+                    rows = [_ask(cfg, model, mode, row, view, text) for (row, view), text in zip(part, texts, strict=True)]
+                    parts.append(pa.Table.from_pylist([r for r in rows if tuple(r[k] for k in KEY) not in known], schema=ASKED))
+    return pa.concat_tables(parts)
+
+
+Shown = tuple[dict[str, Any], View]
+
+
+def _shown(cfg: Config, ctx: Context, split: str) -> Iterator[Shown]:
+    scored, audited = chosen(cfg, ctx, split)
+    once = tuple(range(cfg.scoring.replicas))
+    again = tuple(range(cfg.scoring.replicas, cfg.scoring.audit_replicas))
+    yield from views(ctx, cfg, split, scored, once)
+    if again and audited:
+        yield from views(ctx, cfg, split, audited, again)
+
+
+def _chunks(stream: Iterator[Shown]) -> Iterator[list[Shown]]:
+    while part := list(itertools.islice(stream, RENDERED)):
+        yield part
+
+
+def _renderers(cfg: Config, models: list[Artifact]) -> dict[str, Callable[[list[Shown], Mode], list[str]]]:
+    """Model -> function that renders a chunk as prompts ("" where unreadable); models with the same tokenizer share the work."""
+    by_content: dict[str, Callable[[list[Shown], Mode], list[str]]] = {}
+    found = {}
+    for model in models:
+        parts = sorted(
+            p for p in model.path.iterdir() if p.name.startswith(("tokenizer", "chat_template", "special_tokens", "added_tokens"))
+        )
+        content = hashlib.sha256(b"".join(p.read_bytes() for p in parts)).hexdigest()
+        if content not in by_content:
+            by_content[content] = _renderer(cfg, load_tokenizer(model.path))
+        found[model.name] = by_content[content]
+    return found
+
+
+def _renderer(cfg: Config, tokenizer: Any) -> Callable[[list[Shown], Mode], list[str]]:
+    last: dict[str, tuple[Any, list[str]]] = {}
+
+    def render(part: list[Shown], mode: Mode) -> list[str]:
+        if mode not in last or last[mode][0] is not part:
+            last[mode] = (part, _rendered(cfg, tokenizer, [view for _, view in part], mode))
+        return last[mode][1]
+
+    return render
+
+
+def _rendered(cfg: Config, tokenizer: Any, shown: list[View], mode: Mode) -> list[str]:
+    """Each view's prompt; where one cannot be made short enough, it alone is given back empty."""
+    try:
+        return render_texts(tokenizer, shown, cfg, mode)
+    except ModelError:
+        if len(shown) == 1:
+            return [""]
+        return [_rendered(cfg, tokenizer, [view], mode)[0] for view in shown]
+
+
+def _ask(cfg: Config, model: Artifact, mode: Mode, row: dict[str, Any], view: View, prompt: str) -> dict[str, Any]:
+    thought = cfg.prompt.max_thought_tokens if mode == "think" else 0
+    return {
+        "request_id": row["request_id"],
+        "model_id": model.id,
+        "model": model.name,
+        "mode": mode,
+        "replica": row["replica"],
+        "split": row["split"],
+        "path": str(model.path),
+        "prompt": prompt,
+        "prompt_hash": prompt_hash(template_of(cfg.prompt), prompt),
+        "max_tokens": thought + cfg.prompt.max_answer_tokens + ROOM,
+        "candidates": [c.item_id for c in view.candidates],
+        "labels": list(view.labels),
+        "shown": list(view.shown),
+    }
+
+
+def _known(ctx: Context, models: list[Artifact]) -> set[tuple[Any, ...]]:
+    if not ctx.lake.exists("rerank_scores"):
+        return set()
+    table = ctx.lake.read("rerank_scores", list(KEY), model_id=[m.id for m in models])
+    return set(zip(*(table[k].to_pylist() for k in KEY), strict=True))
+
+
+# -- the engine job ---------------------------------------------------------------------------------------------------
+
+
+def _answering(cfg: Config) -> Callable[[list[dict[str, Any]]], Iterator[pa.RecordBatch]]:
+    """Runs in a Python worker: one model after the other, each mode in chunks, through the worker's one engine."""
+
+    def answer(rows: list[dict[str, Any]]) -> Iterator[pa.RecordBatch]:
+        rows = sorted(rows, key=lambda r: (r["model"], r["mode"], r["request_id"], r["replica"]))
+        for (name, path, mode), same in itertools.groupby(rows, key=lambda r: (r["model_id"], r["path"], r["mode"])):
+            engine = engine_for(Spec("vllm", f"vllm:{name}", path), cfg)
+            members = list(same)
+            for start in range(0, len(members), cfg.scoring.chunk):
+                part = members[start : start + cfg.scoring.chunk]
+                made = _scores(engine, part) if mode == "score" else _texts(engine, part)
+                joined = [{**row, **answer} for row, answer in zip(part, made, strict=True)]
+                yield pa.RecordBatch.from_pylist(joined, schema=pa.schema([*ASKED, *ANSWERED]))
+
+    return answer
+
+
+def _texts(engine: Any, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Greedy answers in the form ANSWERED."""
+    readable = [r for r in rows if r["prompt"]]
+    asks = [Ask(_key(r), r["prompt"], r["max_tokens"], 0.0, seed_of(r["request_id"], r["replica"])) for r in readable]
+    answers = {_key(r): a for r, a in zip(readable, engine.generate(asks) if asks else [], strict=True)}
+    made = []
+    for row in rows:
+        answer = answers.get(_key(row))
+        if answer is None:
+            made.append(_failed(UNREADABLE))
+        elif answer.error:
+            made.append({**_failed(ENGINE), "text": answer.error, "prompt_tokens": answer.prompt_tokens, "seconds": answer.seconds})
+        else:
+            fields = ("text", "prompt_tokens", "completion_tokens", "seconds")
+            made.append({"error": "", "logprobs": None, **{f: getattr(answer, f) for f in fields}})
+    return made
+
+
+def _scores(engine: Any, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Log-probabilities of each candidate's label at the first answer position, in the form ANSWERED."""
+    readable = [r for r in rows if r["prompt"]]
+    labels = LABELS[: max(len(r["labels"]) for r in rows)]
+    started = time.monotonic()
+    found_BY = engine.label_logprobs([r["prompt"] for r in readable], labels) if readable else np.zeros((0, len(labels)))
+    seconds = (time.monotonic() - started) / max(1, len(readable))
+    lengths = [len(ids) for ids in encode_all(engine.tokenizer, [r["prompt"] for r in readable])]
+    by_key = {_key(r): (values, length) for r, values, length in zip(readable, found_BY, lengths, strict=True)}
+    made = []
+    for row in rows:
+        if _key(row) not in by_key:
+            made.append(_failed(UNREADABLE))
+            continue
+        values, length = by_key[_key(row)]
+        own = [float(values[labels.index(label)]) for label in row["labels"]]
+        base = {"text": "", "prompt_tokens": length, "completion_tokens": 1, "seconds": seconds}
+        broken = not np.isfinite(own).all()
+        made.append({**base, "error": ENGINE if broken else "", "logprobs": None if broken else own})
+    return made
+
+
+def _key(row: dict[str, Any]) -> str:
+    return f"{row['request_id']}#{row['replica']}"
+
+
+def _failed(error: str) -> dict[str, Any]:
+    return {"text": "", "error": error, "logprobs": None, "prompt_tokens": 0, "completion_tokens": 0, "seconds": 0.0}
+
+
+# -- from answers to rows ---------------------------------------------------------------------------------------------
+
+
+def label_priors(ctx: Context, answered: pa.Table) -> dict[str, dict[str, float]]:
+    """Model -> label -> mean log-probability over every scored request, those of earlier runs included."""
+    sums: dict[str, dict[str, list[float]]] = {}
+    tables = [answered.rename_columns(["model_id", "mode", "labels", "logprobs"])]
+    ids = answered["model_id"].unique().to_pylist()
+    if ctx.lake.exists("rerank_scores"):
+        columns = ["model_id", "mode", "labels", "label_logprobs"]
+        order = ["request_id", "replica"]
+        tables.append(ctx.lake.read("rerank_scores", columns, order, model_id=ids, mode="score").rename_columns(answered.column_names))
+    for table in tables:
+        for row in table.to_pylist():
+            if row["mode"] == "score" and row["logprobs"] is not None:
+                for label, value in zip(row["labels"], row["logprobs"], strict=True):
+                    sums.setdefault(row["model_id"], {}).setdefault(label, []).append(value)
+    return {m: {label: float(np.mean(np.sort(values))) for label, values in of.items()} for m, of in sums.items()}
+
+
+def _judged(priors: dict[str, dict[str, float]]) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+    """Answers -> rows of `rerank_scores`."""
+    contract = schemas.get("rerank_scores").arrow()
+
+    def judge_all(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for batch in batches:
+            yield pa.RecordBatch.from_pylist([judge(row, priors.get(row["model_id"], {})) for row in batch.to_pylist()], schema=contract)
+
+    return judge_all
+
+
+def judge(row: dict[str, Any], prior: dict[str, float]) -> dict[str, Any]:
+    """One answer as a row: a permutation of the request's candidates, or the failure's name. Nothing is repaired."""
+    order, status, thought = None, row["error"], ""
+    if not status and row["mode"] == "score":
+        order, status = score_order(row["candidates"], row["labels"], row["logprobs"], prior), "ok"
+    elif not status:
+        parsed = parse(row["text"], row["labels"], row["mode"])
+        status, thought = parsed.status, parsed.thought
+        items = dict(zip(row["labels"], row["candidates"], strict=True))
+        order = [items[label] for label in parsed.order] if parsed.order is not None else None
+    return {**row, "status": status, "new_order": order, "reasoning": thought, "label_logprobs": row["logprobs"]}
+
+
+def score_order(candidates: list[str], labels: list[str], logprobs: list[float], prior: dict[str, float]) -> list[str]:
+    """Candidates by descending label log-probability less the label's prior; ties in incoming order."""
+    gain = [value - prior.get(label, 0.0) for label, value in zip(labels, logprobs, strict=True)]
+    return [candidates[place] for place in sorted(range(len(candidates)), key=lambda place: (-gain[place], place))]
+
+
+def _counts(answered: pa.Table) -> tuple[dict[str, int], int]:
+    """Failures by name, tokens read and written."""
+    errors = [e for e in answered["error"].to_pylist() if e]
+    tokens = sum(sum(answered[c].to_pylist()) for c in ("prompt_tokens", "completion_tokens"))
+    return {name: errors.count(name) for name in sorted(set(errors))}, tokens

@@ -1,0 +1,153 @@
+"""Scoring end to end: two real models, one engine, one Spark job; rows are permutations or named failures, and stay as they are."""
+
+import datetime as dt
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from deltalake import write_deltalake
+
+import schemas
+from gr2 import artifacts
+from gr2.answers import FAILURES
+from gr2.config import Model
+from gr2.context import Context
+from gr2.errors import MissingInputError
+from gr2.prompts import load_template, vocabulary_texts
+from gr2.sids import sid_tokens, to_text
+from scoring.model import build_model, build_vocabulary, label_logprobs, load, save
+from spark_jobs import rerank_scores
+from spark_jobs.prompting import render_texts, views
+
+pytestmark = pytest.mark.e2e
+SIZE = Model(hidden=64, layers=2, heads=2, kv_heads=2, mlp=128, dropout=0.0)  # vLLM on CPU needs heads of at least 32
+ITEMS, LISTED, REQUESTS = 60, 5, 24
+SETTINGS = [
+    "scoring.models={sft: [think, direct], rl: [score], opd: [think]}",
+    "scoring.miss_sample=4", "scoring.audit_requests=6", "scoring.chunk=16",
+    "prompt.max_thought_tokens=12", "prompt.max_answer_tokens=12", "tokenizer.levels=2", "scoring.audit_replicas=2",
+]  # fmt: skip
+
+
+def put(ctx: Context, name: str, rows: list[dict[str, Any]]) -> None:
+    """A table, written without a JVM; columns that no row gives are empty."""
+    contract = schemas.get(name)
+    empty = {pa.string(): "", pa.date32(): dt.date(2026, 1, 1), pa.bool_(): False, pa.float64(): 0.0, pa.int32(): 0}
+    blank = {c.name: None if c.nullable else [] if pa.types.is_list(c.type) else empty[c.type] for c in contract.columns}
+    write_deltalake(ctx.table_path(name), pa.Table.from_pylist([blank | r for r in rows], schema=contract.arrow()), mode="overwrite")
+
+
+def world(ctx: Context) -> None:
+    """Requests with evidence, items with codes, and two random models of one architecture."""
+    rng = np.random.default_rng(2)
+    with artifacts.publish_folder(ctx.root, "tokenizer", {}) as folder:
+        (folder / "config.json").write_text("{}")
+    version = artifacts.resolve(ctx.root, "tokenizer", "").id
+    put(ctx, "items", [{"item_id": f"i{i}", "text": f"Item {i}"} for i in range(ITEMS)])
+    codes = [{"tokenizer": version, "item_id": f"i{i}", "token_text": to_text((i // 12, i % 12))} for i in range(ITEMS)]
+    put(ctx, "semantic_ids", codes)
+    requests, features = [], []
+    for r in range(REQUESTS):
+        items = [f"i{i}" for i in rng.permutation(ITEMS)[: LISTED + 3]]
+        listed, hit = items[:LISTED], r % 2 == 0
+        grades = [int(hit and place == r % LISTED) for place in range(LISTED)]
+        request = {"request_id": f"test:u{r}:4", "split": "test"}
+        own = {"history_ids": items[LISTED:], "history_days": [9, 5, 2], "candidate_ids": listed, "grades": grades}
+        requests.append({**request, **own, "target_rank": r % LISTED + 1 if hit else None})
+        for place, item in enumerate(listed):
+            recent = float(rng.uniform(0, 5))
+            features.append({**request, "item_id": item, "incoming_rank": place + 1, "recent": recent, "grade": grades[place]})
+    put(ctx, "candidates", requests)
+    put(ctx, "candidate_features", features)
+    vocabulary = build_vocabulary(vocabulary_texts(load_template()), 420, sid_tokens(2, 12), ctx.work("vocabulary"))
+    for name, seed in (("sft", 1), ("rl", 2)):
+        with artifacts.publish_folder(ctx.root, name, {}) as draft:
+            save(build_model(SIZE, vocabulary, None, seed), vocabulary, draft)
+
+
+def test_scores_are_permutations_or_named_failures_and_a_rerun_adds_nothing(make_ctx):
+    ctx = make_ctx(SETTINGS)
+    with pytest.raises(MissingInputError, match="gr2 stage sft"):
+        rerank_scores.run(ctx.cfg, ctx)
+    world(ctx)
+    result = rerank_scores.run(ctx.cfg, ctx)
+    rows = ctx.lake.read("rerank_scores", order_by=["model", "mode", "request_id", "replica"]).to_pylist()
+    asked = 12 + 4 + 6  # hits, sampled misses, second replicas
+    assert result.rows_out == len(rows) == 3 * asked, "opd was never trained: it is left out"
+    lists = {r["request_id"]: r["candidate_ids"] for r in ctx.lake.read("candidates").to_pylist()}
+    for row in rows:
+        assert (row["status"] == "ok") == (row["new_order"] is not None)
+        assert row["status"] in {"ok", *FAILURES}
+        assert row["new_order"] is None or sorted(row["new_order"]) == sorted(lists[row["request_id"]])
+        assert row["prompt_tokens"] > 50
+    scored = [r for r in rows if r["mode"] == "score"]
+    assert {r["status"] for r in scored} == {"ok"}
+    assert len({(tuple(r["labels"]), tuple(r["shown"])) for r in scored}) > LISTED, "labels and slots are shuffled"
+
+    model, tokenizer = load(ctx.model("rl", "rl").path)
+    seen = list(views(ctx, ctx.cfg, "test", [r["request_id"] for r in scored], (0, 1)))
+    prompts = dict(
+        zip(
+            [(row["request_id"], row["replica"]) for row, _ in seen],
+            render_texts(tokenizer, [v for _, v in seen], ctx.cfg, "score"),
+            strict=True,
+        )
+    )
+    wanted = label_logprobs(model, tokenizer, [prompts[r["request_id"], r["replica"]] for r in scored], list("ABCDE"))
+    own = np.array([[wanted[n]["ABCDE".index(label)] for label in r["labels"]] for n, r in enumerate(scored)])
+    np.testing.assert_allclose([r["label_logprobs"] for r in scored], own, atol=2e-3)
+    prior = dict(zip("ABCDE", wanted.mean(axis=0).tolist(), strict=True))
+    for row in scored:
+        gains = [value - prior[label] for label, value in zip(row["labels"], row["label_logprobs"], strict=True)]
+        assert [gains[lists[row["request_id"]].index(i)] for i in row["new_order"]] == pytest.approx(sorted(gains, reverse=True), abs=1e-3)
+
+    version = ctx.lake.version("rerank_scores")
+    again = rerank_scores.run(ctx.cfg, ctx)
+    assert (again.rows_in, again.rows_out, ctx.lake.version("rerank_scores")) == (0, 0, version)
+    more = Context(
+        ctx.cfg.model_copy(update={"scoring": ctx.cfg.scoring.model_copy(update={"miss_sample": 5, "models": {"rl": ("score",)}})})
+    )
+    before = {tuple(r[k] for k in rerank_scores.KEY): r for r in rows}
+    added = rerank_scores.run(more.cfg, more)
+    after = {tuple(r[k] for k in rerank_scores.KEY): r for r in ctx.lake.read("rerank_scores").to_pylist()}
+    assert added.rows_out == len(after) - len(before) >= 1
+    assert {k: after[k] for k in before} == before, "what was scored stays as it was"
+
+
+def test_a_request_that_cannot_be_read_fails_alone(make_ctx):
+    ctx = make_ctx([*SETTINGS, "scoring.models={rl: [score, direct]}", "prompt.max_prompt_tokens=110"])
+    world(ctx)
+    long = ctx.lake.read("candidates", order_by=["request_id"]).to_pylist()
+    features = ctx.lake.read("candidate_features").to_pylist()
+    for row in features:
+        if row["request_id"] == long[0]["request_id"]:  # every fact that can be said is said of its candidates
+            row.update({k: 1e6 for k, v in row.items() if isinstance(v, float)})
+    put(ctx, "candidate_features", features)
+    rerank_scores.run(ctx.cfg, ctx)
+    rows = ctx.lake.read("rerank_scores").to_pylist()
+    poisoned = [r for r in rows if r["request_id"] == long[0]["request_id"]]
+    assert {r["status"] for r in poisoned} == {"prompt_too_long"}
+    assert all(r["new_order"] is None for r in poisoned)
+    assert {r["status"] for r in rows if r["mode"] == "score" and r not in poisoned} == {"ok"}
+
+
+def answered(text: str = "", mode: str = "think", error: str = "", logprobs: list[float] | None = None) -> dict[str, Any]:
+    return {"mode": mode, "error": error, "text": text, "logprobs": logprobs, "labels": ["B", "C", "A"], "candidates": ["x", "y", "z"]}
+
+
+@pytest.mark.parametrize(
+    ("row", "status", "order"),
+    [
+        (answered('<think>why</think>["A","B","C"]'), "ok", ["z", "x", "y"]),
+        (answered('["C","A","B"]', "direct"), "ok", ["y", "z", "x"]),
+        (answered('<think>why</think>["A","B"]'), "missing_label", None),
+        (answered('<think>["A","B","C"]</think>'), "answer_in_thought", None),
+        (answered("nonsense"), "missing_thought", None),
+        (answered("RuntimeError: broken", error="engine_error"), "engine_error", None),
+        (answered(mode="score", logprobs=[-1.0, -2.0, -3.0]), "ok", ["y", "x", "z"]),
+    ],
+)
+def test_answers_become_rows_without_repair(row, status, order):
+    made = rerank_scores.judge(row, {"A": -1.0, "B": -0.5, "C": -2.0})
+    assert (made["status"], made["new_order"]) == (status, order)
