@@ -1,0 +1,145 @@
+"""The evidence program: it learns what the lists hold, keeps a user's own lists out, and writes what follows from its ranking."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from gr2.answers import parse
+from gr2.errors import EngineError
+from gr2.prompts import Candidate, View, evidence_words, load_template, make_view
+from gr2.rewards import format_reward
+from scoring.engine import Ask, seed_of
+from scoring.evidence_engine import NAME, EvidenceEngine, Program, columns_of, design, fit, fold_of
+
+pytestmark = pytest.mark.unit
+COLUMNS = columns_of()
+
+
+def lists(count: int, seed: int = 0, size: int = 10) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Lists whose target is drawn by transitions and, weakly, by the incoming order. (raw, there, grades, folds)"""
+    rng = np.random.default_rng(seed)
+    raw_RNC = np.zeros((count, size, len(COLUMNS)))
+    at = {name: i for i, name in enumerate(COLUMNS)}
+    raw_RNC[:, :, at["incoming_rank"]] = np.arange(1, size + 1)
+    raw_RNC[:, :, at["pair_next"]] = rng.poisson(0.6, (count, size)) * rng.integers(1, 5, (count, size))
+    raw_RNC[:, :, at["recent"]] = rng.uniform(0, 5, (count, size))
+    raw_RNC[:, :, at["text_similarity"]] = rng.uniform(0, 1, (count, size))
+    raw_RNC[:, :, at["prior_gap"]] = np.sort(rng.uniform(0, 3, (count, size)), axis=1)
+    score = 1.5 * np.log1p(raw_RNC[:, :, at["pair_next"]]) + 0.5 / np.arange(1, size + 1) + rng.gumbel(size=(count, size))
+    grades_RN = (score == score.max(axis=1, keepdims=True)).astype(float)
+    there_RN = np.ones((count, size), dtype=bool)
+    return raw_RNC, there_RN, grades_RN, np.arange(count) % 2
+
+
+def view_of(raw_NC: np.ndarray, request: str) -> View:
+    """A list as a view."""
+    candidates = [Candidate(f"i{n}", f"<a_{n}>", "", dict(zip(COLUMNS, row.tolist(), strict=True))) for n, row in enumerate(raw_NC)]
+    return make_view(request, [], candidates, 0)
+
+
+def ask(view: View, attempt: int = 0, user: str = "u", temperature: float = 0.7, target: str | None = None) -> Ask:
+    """One ask."""
+    return Ask(view.request_id, "", 99, temperature, seed_of(view.request_id, attempt), view=view, user=user, target=target)
+
+
+@pytest.fixture(scope="module")
+def program() -> Program:
+    """Weights from 600 lists."""
+    return fit(*lists(600))
+
+
+def first_share(engine: EvidenceEngine, raw: np.ndarray, grades: np.ndarray, **how: float) -> float:
+    """Share of lists whose target the engine puts first."""
+    hits = []
+    for number, (raw_NC, grades_N) in enumerate(zip(raw, grades, strict=True)):
+        view = view_of(raw_NC, f"r{number}")
+        order = parse(engine.generate([ask(view, **how)])[0].text, view.labels, "think").order
+        assert order is not None
+        hits.append(view.item_of(order[0]) == f"i{grades_N.argmax()}")
+    return float(np.mean(hits))
+
+
+def test_its_order_beats_the_incoming_one_on_new_lists_and_noise_costs(program: Program) -> None:
+    engine = EvidenceEngine(program, load_template())
+    raw, _, grades, _ = lists(300, seed=9)
+    cold, warm = first_share(engine, raw, grades, temperature=0.0), first_share(engine, raw, grades, temperature=3.0)
+    incoming = float(grades[:, 0].mean())
+    assert cold > incoming + 0.15
+    assert incoming < warm + 0.1 < cold
+
+
+def test_every_sample_parses_and_cites_only_what_is_shown(program: Program) -> None:
+    template = load_template()
+    engine = EvidenceEngine(program, template)
+    assert engine.name == NAME == "evidence:1"
+    raw, *_ = lists(40, seed=3)
+    texts = set()
+    for number, raw_NC in enumerate(raw):
+        view = view_of(raw_NC, f"r{number}")
+        for attempt in range(3):
+            answer = engine.generate([ask(view, attempt)])[0]
+            parsed = parse(answer.text, view.labels, "think")
+            assert parsed.ok, parsed.status
+            assert format_reward(parsed.thought, evidence_words(view, template), 48) == pytest.approx(1.0)
+            assert f"@{parsed.order[0]}" in parsed.thought  # type: ignore[index]
+            texts.add(answer.text)
+        assert engine.generate([ask(view, 0)])[0].text == engine.generate([ask(view, 0)])[0].text
+    assert len(texts) > 60
+
+
+def test_a_users_own_lists_teach_nothing_that_ranks_them(program: Program) -> None:
+    raw, there, grades, folds = lists(600)
+    poisoned = grades.copy()
+    mine = folds == 1
+    poisoned[mine] = np.roll(grades[mine], 3, axis=1)  # another truth for the users of fold 1
+    other = fit(raw, there, poisoned, folds)
+    np.testing.assert_array_equal(other.weights_KF[1], program.weights_KF[1])  # what ranks fold 1 did not move
+    assert np.abs(other.weights_KF[0] - program.weights_KF[0]).max() > 0.05
+    users = [f"u{i}" for i in range(200)]
+    assert 60 < sum(fold_of(u) for u in users) < 140
+    view = view_of(raw[0], "r")
+    mild = dataclasses.replace(program, weights_KF=np.stack([program.weights_KF[0], -program.weights_KF[0]]))
+    by_fold = {fold_of(u): EvidenceEngine(mild, load_template()).generate([ask(view, user=u, temperature=0.0)])[0].text for u in users}
+    assert by_fold[0] != by_fold[1]
+
+
+def test_weights_solve_the_conditional_logit() -> None:
+    raw, there, grades, folds = lists(400)
+    program = fit(raw, there, grades, folds, ridge=1.0)
+    standard = (design(raw, there)[0] - program.center_F) / program.scale_F
+    taught = folds != 0
+    scores = standard[taught] @ program.weights_KF[0]
+    chance = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
+    slope = np.einsum("rn,rnf->f", grades[taught] - chance, standard[taught]) - program.weights_KF[0]
+    assert np.abs(slope).max() < 0.05 * taught.sum() ** 0.5, "the gradient of the penalised likelihood is not near zero"
+
+
+def test_the_targeted_mode_puts_the_target_first_whatever_the_evidence(program: Program) -> None:
+    engine = EvidenceEngine(program, load_template())
+    raw, *_ = lists(60, seed=4)
+    first = []
+    for number, raw_NC in enumerate(raw):
+        view = view_of(raw_NC, f"r{number}")
+        order = parse(engine.generate([ask(view, target="i9")])[0].text, view.labels, "think").order
+        assert order is not None
+        first.append(view.item_of(order[0]) == "i9")
+    assert np.mean(first) > 0.9
+
+
+def test_what_cannot_be_ranked_fails_alone(program: Program) -> None:
+    engine = EvidenceEngine(program, load_template())
+    view = view_of(lists(1)[0][0], "r0")
+    unknown = view_of(np.full((4, len(COLUMNS)), np.nan), "r1")
+    bad = [ask(view, user=""), dataclasses.replace(ask(view), view=None), ask(view, target="nobody")]
+    answers = engine.generate([ask(view), *bad, ask(unknown), ask(view)])
+    assert [bool(a.error) for a in answers] == [False, True, True, True, False, False]
+    assert answers[0].text == answers[-1].text
+    with pytest.raises(EngineError, match="program"):
+        engine.label_logprobs(["x"], ["A"])
+
+
+def test_nothing_to_learn_from_is_said() -> None:
+    raw, there, grades, folds = lists(20)
+    with pytest.raises(EngineError, match="target to learn from"):
+        fit(raw, there, np.zeros_like(grades), folds)
