@@ -87,7 +87,7 @@ def examples(ctx: Context, cfg: Config, tokenizer: Any, traces: list[dict[str, A
 
 
 def taught(sample_id: str, mode: str, cfg: Config) -> bool:
-    """Whether a trace is taught in a mode. Shares are cut from both ends of one draw: 0.6 and 0.4 part the traces, 1 and 1 use all twice."""
+    """Whether a trace is taught in a mode. Shares are cut from both ends of one draw: 0.6 and 0.4 part them, 1 and 1 use all twice."""
     draw = seed_of("mode", cfg.seed, sample_id) / 2**31
     share = dict(cfg.sft.modes).get(mode, 0.0)  # type: ignore[call-overload]
     return draw < share if mode == "think" else draw >= 1.0 - share

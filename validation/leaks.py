@@ -55,7 +55,7 @@ FORMS: dict[str, tuple[str, ...]] = {
     # "the user actually bought C", "it was then purchased"
     "outcome_stated": (
         r"\b" + _SURE + r" (?:\w+ )?" + _TAKE + r"\b",
-        r"\b" + _TAKE + " " + _LABEL + " " + _AFTER + r"\b",
+        r"\b" + _DONE + " " + _LABEL + " " + _AFTER + r"\b",
         r"\b(?:was|were|has been|had been|got) (?:in fact |then |later |actually |indeed )?"
         + _DONE
         + r"(?: next| by | in the end| after|[.,;:!]|$)",
@@ -69,7 +69,9 @@ FORMS: dict[str, tuple[str, ...]] = {
     ),
     # "the next purchase was C", "what came next"
     "next_event": (
-        r"\b(?:next|following|subsequent|future|upcoming) (?:purchase|interaction|click|event|order|transaction|" + _ITEM + ") "
+        r"(?<!likely )(?<!probable )(?<!plausible )\b(?:next|following|subsequent|future|upcoming) (?:purchase|interaction|click|event|order|transaction|"
+        + _ITEM
+        + ") "
         r"(?:is|was|were|turned out|turns out|happens|happened|proved)\b",
         r"\b(?:what|which) (?:actually )?(?:came|comes|happened|happens|followed|follows) (?:next|after|later|then)\b",
         r"\bturn(?:s|ed) out (?:to be|that)\b",
