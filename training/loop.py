@@ -238,6 +238,7 @@ def start_processes() -> None:
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo does: spares each new machine minutes of compiling
     if not dist.is_initialized():
+        deepspeed.utils.groups._WORLD_GROUP = None  # of processes that ended: an engine of vLLM that closes here takes them with it
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         if os.environ["WORLD_SIZE"] == "1":
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
