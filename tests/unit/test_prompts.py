@@ -1,5 +1,6 @@
 """Views, templates, rendering, evidence and thoughts."""
 
+import random
 import re
 from collections import Counter
 from dataclasses import replace
@@ -303,7 +304,9 @@ def test_budget_with_a_small_vocabulary() -> None:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     sids = [f"<{level}_{code}>" for level in "abcd" for code in range(16)]
-    titles = [f"Shampoo number {n} for dry hair, moisturizing conditioner spray" for n in range(500)]
+    generator = random.Random(1)
+    words = ["".join(generator.choices("abcdefghilmnoprstuy", k=6)) for _ in range(3000)]
+    titles = [" ".join(generator.choices(words, k=12)) for _ in range(20_000)]  # a catalogue that competes for merges
     trainer = trainers.BpeTrainer(vocab_size=1536, special_tokens=["<think>", "</think>", *sids])
     tokenizer.train_from_iterator(titles + prompts.vocabulary_texts(TERSE), trainer)
     rich = dict(
