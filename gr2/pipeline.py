@@ -46,8 +46,8 @@ STAGES = (
     Stage(
         "item_embeddings", "spark_jobs.item_embeddings", ("embeddings",), ("items", "item_pairs"), ("item_embeddings",), (), ("embedder",)
     ),
-    Stage("tokenizer", "training.tokenizer", ("tokenizer", "embeddings"), ("item_embeddings",), (), (), ("tokenizer",)),
-    Stage("semantic_ids", "spark_jobs.semantic_ids", ("tokenizer",), ("item_embeddings",), ("semantic_ids",), ("tokenizer",)),
+    Stage("tokenizer", "training.tokenizer", ("tokenizer", "embeddings"), ("item_embeddings", "item_pairs"), (), (), ("tokenizer",)),
+    Stage("semantic_ids", "spark_jobs.semantic_ids", ("tokenizer",), ("item_embeddings", "item_pairs"), ("semantic_ids",), ("tokenizer",)),
     Stage(
         "midtrain_examples",
         "spark_jobs.midtrain_examples",

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
+from threadpoolctl import threadpool_limits
 
 from gr2.config import Embeddings
 
@@ -154,7 +155,8 @@ def _components(matrix: sparse.csr_matrix, dim: int, seed: int) -> Floats:
     most = min(dim, min(matrix.shape) - 1)
     components_FD = np.zeros((matrix.shape[1], dim), dtype=np.float32)
     if most >= 1 and matrix.nnz:
-        found_DF = TruncatedSVD(most, n_iter=5, random_state=seed).fit(matrix).components_
+        with threadpool_limits(1):  # sums in a fixed order, whatever the number of cores
+            found_DF = TruncatedSVD(most, n_iter=5, random_state=seed).fit(matrix).components_
         signs_D = np.sign(found_DF[np.arange(most), np.abs(found_DF).argmax(axis=1)])
         components_FD[:, :most] = (found_DF * np.where(signs_D == 0, 1, signs_D)[:, None]).T
     return components_FD

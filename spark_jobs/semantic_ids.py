@@ -1,6 +1,6 @@
 """Stage `semantic_ids`: gives every item its codes under the frozen tokenizer.
 
-Reads    `item_embeddings`, the model `tokenizer`, and the codes that it gave before.
+Reads    `item_embeddings`, the model `tokenizer`, the codes that it gave before, and `item_pairs` of fit `train` (health only).
 Writes   `semantic_ids`: one item and tokenizer version; key tokenizer, item_id. One partition a version, named by the model's id.
          `work/audits/semantic_ids.json`: the health figures as rows for `audits`.
 Rerun    items that have codes under this version keep them, row for row; only new items get codes, among the free ones
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from gr2.config import Config, Embeddings, Tokenizer
 from gr2.context import Context, Result
@@ -24,7 +25,7 @@ from spark_jobs.publish import publish
 from spark_jobs.session import frame_of
 from training.codebooks import Codebooks, Floats
 from training.collisions import separate
-from training.tokenizer import item_vectors
+from training.tokenizer import item_vectors, pair_rows
 from validation import sid_health
 
 TABLE = get("semantic_ids")
@@ -39,7 +40,7 @@ def run(cfg: Config, ctx: Context) -> Result:
     old = _published(ctx, model.id)
     new = added_rows(books, settings, int(config["settings"]["seed"]), ids, vectors_NV, old, model.id, ctx.day)
     table = pa.concat_tables([old, new])
-    found = health(table, books.codes)
+    found = health(table, books.codes, pair_rows(ctx, table["item_id"].to_pylist()))
     if new.num_rows and old.num_rows:
         found["drift: residual of new items over fitted"] = _mean(new["residual"]) / max(config["mean_residual"], 1e-9)
     audits = sid_health.audits(found, cfg.tokenizer.min_uniqueness)
@@ -72,10 +73,10 @@ def added_rows(
     return pa.table(columns, schema=TABLE.arrow())
 
 
-def health(table: pa.Table, codes: int) -> dict[str, float]:
+def health(table: pa.Table, codes: int, pairs_P2: NDArray[np.int64]) -> dict[str, float]:
     """Health figures of one version's rows."""
     learned_NL, codes_NL = (np.array(table[c].to_pylist(), dtype=np.int64) for c in ("learned_codes", "codes"))
-    return sid_health.figures(learned_NL, codes_NL, table["residual"].to_numpy(), codes)
+    return sid_health.figures(learned_NL, codes_NL, table["residual"].to_numpy(), codes) | sid_health.agreement(learned_NL, pairs_P2)
 
 
 def _published(ctx: Context, version: str) -> pa.Table:

@@ -97,12 +97,12 @@ def _fit(cfg: Config, ctx: Context, ids: list[str], vectors_NV: Floats, folder: 
             return rqkmeans.fit(vectors_NV, cfg.tokenizer, cfg.seed, curve)
         from training import rqvae
 
-        pairs_P2 = _pairs(ctx, ids) if cfg.tokenizer.contrastive else None
+        pairs_P2 = pair_rows(ctx, ids) if cfg.tokenizer.contrastive else None
         return rqvae.fit(vectors_NV, cfg.tokenizer, cfg.seed, curve, pairs_P2)
 
 
-def _pairs(ctx: Context, ids: list[str]) -> NDArray[np.int64]:
-    """Rows of co-engaged items, both directions."""
+def pair_rows(ctx: Context, ids: list[str]) -> NDArray[np.int64]:
+    """(P, 2) rows of `ids` that were engaged together in the pretrain split, in both directions."""
     table = ctx.lake.read("item_pairs", ["item_id", "next_item_id"], order_by=["item_id", "next_item_id"], fit="train")
     row_of = {item: i for i, item in enumerate(ids)}
     both = [[row_of.get(i, -1) for i in table[c].to_pylist()] for c in ("item_id", "next_item_id")]

@@ -1,4 +1,4 @@
-"""Health of semantic IDs (METHOD 2, DESIGN contract 8): are the learned codes unique, used and evenly used?
+"""Health of semantic IDs: are the learned codes unique, used and evenly used?
 
 Learned codes are judged before any separation step: afterwards every tokenizer looks perfect. Pure NumPy.
 """
@@ -47,6 +47,20 @@ def figures(learned_NL: Ints, codes_NL: Ints, residual_N: NDArray[np.floating], 
     return found
 
 
+def agreement(learned_NL: Ints, pairs_P2: Ints) -> dict[str, float]:
+    """What the codes say of behaviour: how often items of a pair share a prefix of codes, over how often two items by chance do.
+
+    Uniqueness alone is no quality: codes drawn at random are unique too, and have 1 here.
+    """
+    found: dict[str, float] = {}
+    for depth in range(1, learned_NL.shape[1]) if len(pairs_P2) else ():
+        group_N = np.unique(learned_NL[:, :depth], axis=0, return_inverse=True)[1].reshape(-1)
+        chance = float(((np.bincount(group_N) / len(group_N)) ** 2).sum())
+        share = float((group_N[pairs_P2[:, 0]] == group_N[pairs_P2[:, 1]]).mean())
+        found[f"pairs sharing {depth} code{'s' if depth > 1 else ''} lift"] = share / chance
+    return found
+
+
 def audits(found: dict[str, float], min_uniqueness: float) -> list[dict[str, Any]]:
     """The figures as rows for the table `audits` (without run and stage)."""
     low = {"learned distinct/items": min_uniqueness, "published distinct/items": 1.0, "published share alone": 1.0}
@@ -74,6 +88,7 @@ _MEANING = {
     "distinct/items": "after separation: a bijection",
     "share": "share of items whose learned codes were changed to be unique",
     "residual": "squared error of the decoded vector over the vector's squared norm",
+    "lift": "items bought together share the first codes so many times as often as by chance (pairs of fit train)",
     "use": "share of the codes in use that occur",
     "entropy": "bits",
     "perplexity": "codes evenly used would be as many",

@@ -61,6 +61,7 @@ def test_bijection_rerun_and_inserts(make_ctx: Callable[..., Context]) -> None:
     assert checks["learned distinct/items"]["value"] == pytest.approx(distinct)
     assert checks["learned distinct/items"]["low"] == 0.3
     assert checks["published share alone"]["value"] == 1.0
+    assert checks["pairs sharing 1 code lift"]["value"] > 1.5  # pairs are of one topic, and so are codes
 
     version = ctx.lake.version("semantic_ids")
     tokenizer.run(ctx.cfg, ctx)

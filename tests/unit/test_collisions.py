@@ -115,6 +115,14 @@ def test_health_figures_by_hand() -> None:
     assert found["level 1 perplexity"] == pytest.approx(2 ** found["level 1 entropy"])
 
 
+def test_agreement_is_a_lift_over_chance() -> None:
+    learned = np.array([[0, 0, 1], [0, 0, 2], [0, 1, 0], [1, 0, 0]])
+    found = sid_health.agreement(learned, np.array([[0, 1], [1, 2], [0, 3]]))
+    assert found["pairs sharing 1 code lift"] == pytest.approx((2 / 3) / (9 / 16 + 1 / 16))
+    assert found["pairs sharing 2 codes lift"] == pytest.approx((1 / 3) / (4 / 16 + 2 / 16))
+    assert sid_health.agreement(learned, np.empty((0, 2), dtype=int)) == {}
+
+
 def test_gate_names_the_figure_and_a_remedy() -> None:
     learned = np.array([[0, 1], [0, 1], [0, 2]])
     rows = sid_health.audits(sid_health.figures(learned, learned, np.zeros(3), 4), 0.9)
