@@ -268,7 +268,7 @@ def results_table(ctx: Context) -> Any:
     found = ctx.lake.read("metrics").to_pylist()
     run_id = ctx.run_id if any(r["run_id"] == ctx.run_id for r in found) else max(r["run_id"] for r in found)
     cells: dict[tuple[str, ...], dict[str, Any]] = {
-        (r["model"], r["mode"], r["population"], r["slice"], r["metric"], r["reference"]): r for r in found if r["run_id"] == run_id
+        tuple(r[k] for k in ("model", "mode", "population", "slice", "metric", "reference")): r for r in found if r["run_id"] == run_id
     }
     names = list(dict.fromkeys(key[:2] for key in sorted(cells) if key[1] != "full"))
     table = Table(title="orders where the target is in the list", caption=_caption(cells), box=box.SIMPLE, padding=(0, 1, 0, 0))

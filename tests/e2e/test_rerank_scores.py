@@ -23,10 +23,12 @@ from spark_jobs.prompting import render_texts, views
 pytestmark = pytest.mark.e2e
 SIZE = Model(hidden=64, layers=2, heads=2, kv_heads=2, mlp=128, dropout=0.0)  # vLLM on CPU needs heads of at least 32
 ITEMS, LISTED, REQUESTS = 60, 5, 24
+POISONED = "test:u0:4"  # every fact that can be said is said of its candidates: longer than a prompt may be
 SETTINGS = [
     "scoring.models={sft: [think, direct], rl: [score], opd: [think]}",
     "scoring.miss_sample=4", "scoring.audit_requests=6", "scoring.chunk=16",
-    "prompt.max_thought_tokens=12", "prompt.max_answer_tokens=12", "tokenizer.levels=2", "scoring.audit_replicas=2",
+    "prompt.max_thought_tokens=12", "prompt.max_answer_tokens=12", "prompt.max_prompt_tokens=210",
+    "tokenizer.levels=2", "scoring.audit_replicas=2",
 ]  # fmt: skip
 
 
@@ -58,6 +60,8 @@ def world(ctx: Context) -> None:
         for place, item in enumerate(listed):
             recent = float(rng.uniform(0, 5))
             features.append({**request, "item_id": item, "incoming_rank": place + 1, "recent": recent, "grade": grades[place]})
+    facts = [c.name for c in schemas.get("candidate_features").columns if pa.types.is_floating(c.type)]
+    features = [f | dict.fromkeys(facts, 1e6) if f["request_id"] == POISONED else f for f in features]
     put(ctx, "candidates", requests)
     put(ctx, "candidate_features", features)
     vocabulary = build_vocabulary(vocabulary_texts(load_template()), 420, sid_tokens(2, 12), ctx.work("vocabulary"))
@@ -78,10 +82,10 @@ def test_scores_are_permutations_or_named_failures_and_a_rerun_adds_nothing(make
     lists = {r["request_id"]: r["candidate_ids"] for r in ctx.lake.read("candidates").to_pylist()}
     for row in rows:
         assert (row["status"] == "ok") == (row["new_order"] is not None)
-        assert row["status"] in {"ok", *FAILURES}
+        assert row["status"] in {"ok", *FAILURES} if row["request_id"] != POISONED else row["status"] == "prompt_too_long"
         assert row["new_order"] is None or sorted(row["new_order"]) == sorted(lists[row["request_id"]])
-        assert row["prompt_tokens"] > 50
-    scored = [r for r in rows if r["mode"] == "score"]
+        assert row["prompt_tokens"] > 150 or row["request_id"] == POISONED
+    scored = [r for r in rows if r["mode"] == "score" and r["request_id"] != POISONED]
     assert {r["status"] for r in scored} == {"ok"}
     assert len({(tuple(r["labels"]), tuple(r["shown"])) for r in scored}) > LISTED, "labels and slots are shuffled"
 
@@ -113,23 +117,6 @@ def test_scores_are_permutations_or_named_failures_and_a_rerun_adds_nothing(make
     after = {tuple(r[k] for k in rerank_scores.KEY): r for r in ctx.lake.read("rerank_scores").to_pylist()}
     assert added.rows_out == len(after) - len(before) >= 1
     assert {k: after[k] for k in before} == before, "what was scored stays as it was"
-
-
-def test_a_request_that_cannot_be_read_fails_alone(make_ctx):
-    ctx = make_ctx([*SETTINGS, "scoring.models={rl: [score, direct]}", "prompt.max_prompt_tokens=110"])
-    world(ctx)
-    long = ctx.lake.read("candidates", order_by=["request_id"]).to_pylist()
-    features = ctx.lake.read("candidate_features").to_pylist()
-    for row in features:
-        if row["request_id"] == long[0]["request_id"]:  # every fact that can be said is said of its candidates
-            row.update({k: 1e6 for k, v in row.items() if isinstance(v, float)})
-    put(ctx, "candidate_features", features)
-    rerank_scores.run(ctx.cfg, ctx)
-    rows = ctx.lake.read("rerank_scores").to_pylist()
-    poisoned = [r for r in rows if r["request_id"] == long[0]["request_id"]]
-    assert {r["status"] for r in poisoned} == {"prompt_too_long"}
-    assert all(r["new_order"] is None for r in poisoned)
-    assert {r["status"] for r in rows if r["mode"] == "score" and r not in poisoned} == {"ok"}
 
 
 def answered(text: str = "", mode: str = "think", error: str = "", logprobs: list[float] | None = None) -> dict[str, Any]:
