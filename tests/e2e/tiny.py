@@ -25,9 +25,10 @@ from gr2.prompts import (
     vocabulary_texts,
 )
 from gr2.sids import sid_tokens, to_text
-from scoring.model import build_model, build_vocabulary, prompt_text, save
+from scoring.model import build_model, build_vocabulary, load, prompt_text, save
+from training import sft
 
-SIZE = Model(hidden=48, layers=2, heads=4, kv_heads=4, mlp=96, dropout=0.0)
+SIZE = Model(hidden=64, layers=2, heads=2, kv_heads=2, mlp=96, dropout=0.0)  # heads of 32: the least that vLLM serves on a CPU
 TOKENS = sid_tokens(2, 12)
 
 
@@ -42,7 +43,7 @@ def sid(item: int) -> str:
     return to_text((item // 12, item % 12))
 
 
-def view(number: int, replica: int = 0, candidates: int = 5) -> tuple[View, int]:
+def view(number: int, replica: int = 0, candidates: int = 3) -> tuple[View, int]:
     """A request and the incoming place of its target, which alone was often chosen after the last item."""
     rng = random.Random(f"{number}")
     items = rng.sample(range(144), candidates + 3)
@@ -128,3 +129,15 @@ def rl_rows(tokenizer: Any, count: int, split: str = "rerank", first: int = 0) -
             }
         )
     return rows
+
+
+def trained(ctx: Context, *names: str) -> Any:
+    """Tiny models after SFT (the settings of `ctx`), published under each name: they answer in the form. Returns the tokenizer."""
+    tokenizer = model_named(ctx, "midtrain", "midtrain-teacher")
+    put(ctx, "sft_examples", sft_rows(tokenizer, 64))
+    sft.run(ctx.cfg, ctx)
+    model, _ = load(ctx.model("sft", "sft").path)
+    for name in set(names) - {"sft"}:
+        with artifacts.publish_folder(ctx.root, name, {}) as draft:
+            save(model, tokenizer, draft)
+    return tokenizer

@@ -1,0 +1,125 @@
+"""RL on tiny models with a real engine: one stage run, its rerun, a killed one; and the tree of a group against separate texts."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from gr2.errors import ConfigError, InputError
+from scoring.model import load
+from tests.e2e import tiny
+from training import rl, rollouts
+from training.data import Example, pack, to_batch
+from training.loop import token_logprobs
+from training.policy import tree_logprobs, trees
+
+pytestmark = pytest.mark.e2e
+QUICK = [
+    "sft.student.max_steps=120",
+    "sft.student.tokens_per_batch=1024",
+    "sft.teacher.max_steps=1",
+    "sft.student.lr=8e-3",
+    "rl.prompts_per_step=4",
+    "rl.group=4",
+    "rl.student.max_steps=3",
+    "rl.teacher.max_steps=1",
+    "rl.student.precision=fp32",
+    "rl.validate_every=2",
+    "rl.validate_requests=8",
+    "prompt.max_thought_tokens=24",
+    "prompt.max_answer_tokens=16",
+]
+
+
+def rollout(index: int, group: int, tokens: tuple[int, ...], prompt: tuple[int, ...]) -> rollouts.Rollout:
+    return rollouts.Rollout(
+        f"x/{index}", "x", 1, f"p{group}", index, "", "ok", 0.0, 0.0, 0.0, float(index), True, None, None, None, len(tokens), tokens,
+        tuple(-float(t) for t in tokens), prompt,
+    )  # fmt: skip
+
+
+def test_a_tree_gives_the_logprobs_of_the_separate_texts(ctx):
+    tiny.model_named(ctx, "sft")
+    model, _ = load(ctx.model("sft", "sft").path)
+    rng = torch.Generator().manual_seed(0)
+    draw = lambda n: tuple(torch.randint(10, 300, (n,), generator=rng).tolist())  # noqa: E731
+    prompts = [draw(9), draw(5)]
+    found = [rollout(i, i // 3, draw(2 + i), prompts[i // 3]) for i in range(6)]
+    batches = trees(found, 64)
+    assert sum(int(b.weights_BT.sum()) for b in batches) == sum(len(r.token_ids) for r in found)
+    seen = {}
+    for batch in batches:
+        logp = tree_logprobs(model, batch)
+        for index in range(6):
+            own = batch.extra["index"] == index
+            if (own & batch.learned_BT).any():
+                seen[index] = logp[own & batch.learned_BT]
+                assert batch.extra["sampler"][own & batch.learned_BT].tolist() == list(found[index].logprobs)
+    for index, r in enumerate(found):
+        alone = to_batch(pack([Example(r.prompt_token_ids, [(r.token_ids, 1.0)])], 32), [0])
+        torch.testing.assert_close(seen[index], token_logprobs(model, alone)[alone.learned_BT], atol=2e-5, rtol=1e-4)
+
+
+def test_groups_without_variance_are_dropped_and_parts_cover_the_rest():
+    found = [rollout(i, i // 2, (1, 2), (3,)) for i in range(8)]
+    found = [rollouts.replace(r, reward=1.0 if i in (0, 5, 7) else 0.0) for i, r in enumerate(found)]
+    judged = rollouts.with_advantages(found, 2)
+    assert [r.used for r in judged] == [True, True, False, False, True, True, True, True]
+    halves = rl.parts(judged, 2)
+    assert [sum(r.used for r in half) for half in halves] == [4, 2]
+    assert {r.prompt_id for half in halves for r in half if r.used} == {"p0", "p2", "p3"}
+
+
+def test_the_deck_deals_every_prompt_once_an_epoch_and_resumes():
+    tasks = [rollouts.Task(str(i), "", "think", (), (), (), ()) for i in range(5)]
+    deck = rollouts.Deck(tasks, 3)
+    dealt = [t.prompt_id for t in deck.take(10)]
+    assert sorted(dealt[:5]) == sorted(dealt[5:]) == list("01234")
+    assert dealt[:5] != dealt[5:]
+    later = rollouts.Deck(tasks, 3)
+    later.taken = 7
+    assert [t.prompt_id for t in later.take(3)] == dealt[7:]
+
+
+def test_several_processes_and_missing_prompts_are_refused(make_ctx):
+    ctx = make_ctx(["rl.student.processes=2"])
+    tokenizer = tiny.model_named(ctx, "sft", "sft-teacher")
+    plan = rl.Plan("rl", ctx.model("sft", "sft"), ctx.cfg.rl.student)
+    with pytest.raises(ConfigError, match="processes"):
+        rl.optimise(ctx.cfg, ctx, plan)
+    tiny.put(ctx, "rl_prompts", tiny.rl_rows(tokenizer, 2))
+    with pytest.raises(InputError, match="split 'valid'"):
+        rollouts.read_tasks(ctx, "valid")
+
+
+def test_rl_trains_repeats_and_survives_a_kill(make_ctx):
+    ctx = make_ctx(QUICK)
+    tokenizer = tiny.trained(ctx, "sft-teacher")
+    tiny.put(ctx, "rl_prompts", tiny.rl_rows(tokenizer, 12) + tiny.rl_rows(tokenizer, 8, "valid", 100))
+    result = rl.run(ctx.cfg, ctx)
+    made = ctx.model("rl", "rl")
+    curve = [json.loads(line) for line in (made.path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in curve] == [1, 2, 3]
+    assert {"reward", "invalid", "identity", "ratio", "tau_incoming", "dropped", "alarms"} <= set(curve[0])
+    assert curve[0]["invalid"] < 0.9, "the tiny SFT model often answers in the form"
+    assert any(line["loss"] != 0 for line in curve)
+    assert all(abs(line["ratio"] - 1) < 2e-3 for line in curve if "ratio" in line), "sampler and trainer are one policy after each push"
+    outcome = result.detail["rl"]
+    assert outcome["after"]["ndcg3"] >= outcome["before"]["ndcg3"]
+    folder = ctx.work("rollouts", outcome["run"])
+    stored = rollouts.load(folder / "step-00002.arrow")
+    assert all((r.ratio is not None) == r.used for r in stored)
+
+    before = made.hash
+    shutil.rmtree(ctx.root / "models" / "rl")
+    (folder / "step-00003.arrow").unlink()  # killed while the third step was sampled
+    (folder / "valid-00003.json").unlink()
+    plan = rl.Plan("rl", ctx.model("sft", "sft"), ctx.cfg.rl.student)
+    again = rl.optimise(ctx.cfg, ctx, plan)
+    assert again.run == outcome["run"]
+    assert rollouts.load(folder / "step-00002.arrow") == stored
+    repeated = [json.loads(line) for line in (ctx.model("rl", "rl").path / "metrics.jsonl").read_text().splitlines()]
+    for name in ("loss", "grad_norm", "reward", "valid_ndcg3"):
+        assert [line.get(name) for line in repeated] == [line.get(name) for line in curve], "training repeats bit for bit"
+    assert ctx.model("rl", "rl").hash == before
