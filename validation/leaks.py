@@ -20,6 +20,7 @@ _WHO = r"(?:user|customer|shopper|person|they|she|he|buyer)"
 _SHOWS = r"(?:shows?|showed|confirms?|confirmed|reveals?|revealed|proves?|proved)"
 _LOGS = r"(?:logs?|records?|data|history|activity|sessions?|behaviou?r)"
 _HIDDEN = r"(?:hidden|held[- ]?out|withheld|masked|secret|concealed|unseen|undisclosed|left[- ]out)"
+_GUESS = r"(?<!likely )(?<!probable )(?<!plausible )"
 _MUST = r"(?:asked|told|required|instructed|supposed|needed|expected|meant|have|has|need)"
 _FIRST = r"(?:first|at the top|on top|number one|in first place)"
 
@@ -69,10 +70,10 @@ FORMS: dict[str, tuple[str, ...]] = {
     ),
     # "the next purchase was C", "what came next"
     "next_event": (
-        r"(?<!likely )(?<!probable )(?<!plausible )\b(?:next|following|subsequent|future|upcoming) (?:purchase|interaction|click|event|order|transaction|"
+        _GUESS
+        + r"\b(?:next|following|subsequent|future|upcoming) (?:purchase|interaction|click|event|order|transaction|"
         + _ITEM
-        + ") "
-        r"(?:is|was|were|turned out|turns out|happens|happened|proved)\b",
+        + r") (?:is|was|were|turned out|turns out|happens|happened|proved)\b",
         r"\b(?:what|which) (?:actually )?(?:came|comes|happened|happens|followed|follows) (?:next|after|later|then)\b",
         r"\bturn(?:s|ed) out (?:to be|that)\b",
         r"\b(?:next|following|subsequent) (?:record|entry|row|log|line) (?:is|was|says|has|reads|lists|" + _SHOWS + r")\b",
