@@ -10,6 +10,7 @@ A rerun is harmless: bootstraps are seeded, the run's partition is replaced. Fig
 """
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -238,7 +239,8 @@ def _left_by_stages(ctx: Context) -> Iterator[dict[str, Any]]:
     """Findings that other stages wrote as JSON under work/audits, one file a stage."""
     for path in sorted(ctx.work("audits").glob("*.json")):
         for row in json.loads(path.read_text()):
-            yield {"run_id": ctx.run_id, "stage": path.stem, **row}
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+            yield {"run_id": ctx.run_id, "stage": path.stem, **finite}
 
 
 def _replace_run(ctx: Context, table: str, rows: Iterable[dict[str, Any]]) -> int:
