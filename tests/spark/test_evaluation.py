@@ -1,5 +1,6 @@
 """Figures equal a plain reading of their definitions; failures score zero; failed audits are published, then stop the run."""
 
+import io
 import json
 import math
 
@@ -115,11 +116,15 @@ def test_figures_intervals_audits_and_rerun(small):
         evaluation.run(strict.cfg, strict)
     assert set(ctx.lake.read("metrics")["run_id"].to_pylist()) == {strict.run_id}, "one set of figures a profile and day"
     assert not all(ctx.lake.read("audits")["passed"].to_pylist()), "the evidence of the failure is published"
+    check_results_table(strict, cells)
 
+
+def check_results_table(ctx: Context, cells: dict) -> None:
+    """It names what it should, with the figures of the table, in 80 columns."""
     from rich.console import Console
 
-    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(evaluation.results_table(strict))
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(evaluation.results_table(ctx))
     text = console.export_text()
     assert all(word in text for word in ("later_day", "rl (think)", "lambdamart", "R@10"))
     assert f"{cells['rl', 'conditional', 'all', 'recall@1', '']['value']:.4f}" in text
