@@ -29,8 +29,8 @@ TABLE = Table(
         Column("slot_row", INT, "row of the slot, from 1", nullable=True),
         Column("slot_col", INT, "column of the slot, from 1", nullable=True),
         Column("propensity", DOUBLE, "probability with which the logging policy showed the item there", nullable=True),
-        Column("source_file", STRING, "file the row came from, relative to the data folder"),
-        Column("ingest_date", DATE, "day whose run ingested the row: late events have event_date before it"),
+        Column("source_file", STRING, "file the row came from first, relative to the data folder", volatile=True),
+        Column("ingest_date", DATE, "day whose run ingested the row: late events have event_date before it", volatile=True),
         Column("period", STRING, "partition: day, month or year of event_date, by data.period"),
     ),
 )

@@ -4,12 +4,12 @@ import datetime as dt
 
 import pyarrow as pa
 import pytest
+from event_world import event_table
 
 import schemas
 from spark_jobs import impressions
 from spark_jobs.publish import publish
 from spark_jobs.session import frame_of
-from tests.spark.test_interactions import event_table
 
 pytestmark = pytest.mark.spark
 

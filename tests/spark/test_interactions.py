@@ -3,9 +3,10 @@
 import datetime as dt
 import random
 from collections import Counter, defaultdict
+from itertools import pairwise
 
-import pyarrow as pa
 import pytest
+from event_world import event_table
 
 import schemas
 from gr2.config import Data
@@ -15,20 +16,7 @@ from spark_jobs.session import frame_of
 
 pytestmark = pytest.mark.spark
 
-START = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
 RANK = {"purchase": 3, "click": 2, "review": 1}
-
-
-def event_table(rows: list[tuple], **same: object) -> pa.Table:
-    """(user, item, kind, minutes since the start) as events."""
-    found = []
-    for n, (user, item, kind, minutes) in enumerate(rows):
-        time = None if minutes is None else START + dt.timedelta(minutes=minutes)
-        event = dict.fromkeys(c.name for c in schemas.get("events").columns)
-        event |= {"event_id": f"e{n:05d}", "kind": kind, "user_id": user, "item_id": item, "event_time": time, "source_file": "f"}
-        event |= {"event_date": (time or START).date(), "day_known": time is not None, "ingest_date": dt.date(2026, 6, 1), "period": "2026"}
-        found.append(event | same)
-    return pa.Table.from_pylist(found, schema=schemas.get("events").arrow())
 
 
 def random_log(seed: int, users: int = 30) -> list[tuple]:
@@ -89,7 +77,7 @@ def test_random_logs_give_what_the_definition_says_under_leave_one_out(ctx):
         names = ["pretrain"] * max(n - 3, 0) + ["rerank", "valid", "test"][-min(n, 3) :]
         assert [r["split"] for r in rs] == ["pretrain", *names[1:]], "a first interaction is never a target"
         assert rs[0]["gap_days"] is None
-        assert all(r["gap_days"] == (r["event_date"] - b["event_date"]).days for b, r in zip(rs, rs[1:], strict=False))
+        assert all(r["gap_days"] == (r["event_date"] - b["event_date"]).days for b, r in pairwise(rs))
     assert {len(rs) for rs in found.values()} & {1, 2, 3}, "short histories were among them"
 
 

@@ -1,23 +1,14 @@
 """The catalogue: text as people would read it, bad rows refused, no item of the events forgotten."""
 
-import gzip
-import json
-from pathlib import Path
-
 import pytest
+from event_world import event_table, write
 
 from gr2.errors import InputError
 from spark_jobs import items
 from spark_jobs.publish import publish
 from spark_jobs.session import frame_of
-from tests.spark.test_interactions import event_table
 
 pytestmark = pytest.mark.spark
-
-
-def write(path: Path, lines: list[dict | str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(gzip.compress("".join(f"{x if isinstance(x, str) else json.dumps(x)}\n" for x in lines).encode()))
 
 
 GOOD = [
