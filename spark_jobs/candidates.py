@@ -197,6 +197,7 @@ def ranked(cfg: Config, ctx: Context, rows: list[dict[str, Any]], fit: str, name
     """One row of `candidates` for each request, by the model `name`."""
     from scoring.beams import beam_search
     from scoring.model import load, sid_ids
+    from training.midtrain import start_id
 
     artifact = ctx.model(name, "midtrain")
     model, tokenizer = load(artifact.path)
@@ -205,7 +206,7 @@ def ranked(cfg: Config, ctx: Context, rows: list[dict[str, Any]], fit: str, name
     trie = Trie.build(codes_NL)
     hidden = _unknown_on(ctx, cfg, place_of)
     ids_LK = sid_ids(tokenizer)
-    prompts = Prompts(int(tokenizer.bos_token_id), ids_LK, codes_NL, place_of, cfg.midtrain.history_items)
+    prompts = Prompts(start_id(tokenizer), ids_LK, codes_NL, place_of, cfg.midtrain.history_items)
     rows = sorted(rows, key=lambda row: (len(row["history_ids"]), row["request_id"]))
     size = cfg.candidates.batch
     chunks = [rows[start : start + size] for start in range(0, len(rows), size)]

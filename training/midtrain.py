@@ -25,7 +25,7 @@ from gr2.context import Context, Result
 from gr2.errors import InputError
 from gr2.prompts import load_template, vocabulary_texts
 from gr2.sids import sid_tokens
-from scoring.model import build_model, build_vocabulary, encode_all, grow_vocabulary, load, save, sid_ids
+from scoring.model import autocast, build_model, build_vocabulary, encode_all, grow_vocabulary, load, save, sid_ids
 from training.codebooks import Codebooks
 from training.data import Batch, Example, Loader, Rows, pack, to_batch
 from training.loop import planned_steps, rank, token_logprobs, train, world
@@ -35,6 +35,7 @@ from training.sft import fingerprint, manifest_of, publishing
 STAGE = "midtrain"
 EAGER = 256  # tokens of a row up to which plain attention beats the fused one on CPUs
 WARM_UP = 4  # steps that the announced rate is measured on
+SMALL = 100_000_000  # parameters up to which it is measured
 
 
 def run(cfg: Config, ctx: Context) -> Result:
@@ -89,6 +90,11 @@ def vocabulary(cfg: Config, ctx: Context, size: Model, tokens: list[str], texts:
     return build_vocabulary([*said, *items, *prompts], cfg.models.vocabulary, tokens, ctx.work("midtrain", "vocabulary", str(rank())))
 
 
+def start_id(tokenizer: Any) -> int:
+    """The token that every text and every history starts with: <bos>, or the end token of vocabularies that know no start."""
+    return int(tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id)
+
+
 def held_out(train: Sequence[Text], refit: Sequence[Text], count: int) -> list[tuple[str, str]]:
     """`(history, what followed)` of users whose one window of fit `train` is the beginning of that of fit `refit`."""
     longer = {t.example_id: t for t in refit if t.task == "history" and not t.prompt}
@@ -102,9 +108,7 @@ def held_out(train: Sequence[Text], refit: Sequence[Text], count: int) -> list[t
             and after.completion.startswith(text.completion)
         ):
             found.append((text.completion, after.completion[len(text.completion) :]))
-            if len(found) == count:
-                break
-    return found
+    return found[:count]
 
 
 # -- examples, drawn anew each epoch ----------------------------------------------------------------------------------
@@ -115,7 +119,7 @@ class Mix:
 
     def __init__(self, tokenizer: Any, texts: Sequence[Text], levels: int, drop: float, row_tokens: int, seed: int) -> None:
         self.levels, self.drop, self.row_tokens, self.seed = levels, drop, row_tokens, seed
-        self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        self.bos, self.eos = start_id(tokenizer), tokenizer.eos_token_id
         prompts, completions = (encode_all(tokenizer, [getattr(t, part) for t in texts]) for part in ("prompt", "completion"))
         self.parts = [
             (t.task == "history", np.array(p, dtype=np.int64), np.array(c, dtype=np.int64))
@@ -253,30 +257,34 @@ def _fit(
 
 
 def _announce(ctx: Context, name: str, model: Any, loader: Epochs, steps: int, settings: Training) -> None:
-    """Logs the token budget, and the minutes that it takes at a rate measured on a few batches, whose gradients are thrown away."""
-    from scoring.model import autocast
+    """Logs the token budget before training starts, and for small models the minutes that it takes."""
+    rows, parameters = loader.rows, sum(p.numel() for p in model.parameters())
+    budget = rows.tokens * steps * settings.accumulation * loader.rows_per_batch / len(rows)
+    time_needed = ""
+    if parameters < SMALL:
+        rate = world() * _rate(model, loader, settings)
+        time_needed = f", about {budget / rate / 60:.1f} min at {rate:,.0f} tokens/s"
+    ctx.log(
+        f"{name}: {parameters / 1e6:.1f}M parameters, {rows.tokens:,} tokens an epoch in rows {rows.fill:.0%} full "
+        f"({rows.dropped} texts too long), {steps} steps, {budget:,.0f} tokens{time_needed}"
+    )
 
+
+def _rate(model: Any, loader: Epochs, settings: Training) -> float:
+    """Tokens a second of one process, measured on a few batches, whose gradients are thrown away."""
     model.train()
     stream, place = iter(loader), loader.state_dict()
     seconds, tokens = 0.0, 0
     with torch.random.fork_rng(devices=[]):
         for number in range(WARM_UP):
-            batch, started = next(stream).to(model.device), time.monotonic()
+            batch, started = next(stream), time.monotonic()
             with autocast(model, settings.precision == "bf16"):
-                loss = next_token(model, batch)[0]
-            loss.backward()
+                next_token(model, batch)[0].backward()
             model.zero_grad(set_to_none=True)
             if number:  # the first one warms up
                 seconds, tokens = seconds + time.monotonic() - started, tokens + batch.tokens
     loader.load_state_dict(place)
-    rate = world() * tokens / seconds
-    budget = loader.rows.tokens * steps * settings.accumulation * loader.rows_per_batch / len(loader.rows)
-    parameters = sum(p.numel() for p in model.parameters())
-    ctx.log(
-        f"{name}: {parameters / 1e6:.1f}M parameters, {loader.rows.tokens:,} tokens an epoch in rows {loader.rows.fill:.0%} full "
-        f"({loader.rows.dropped} texts too long), {steps} steps, {budget:,.0f} tokens: "
-        f"about {budget / rate / 60:.1f} min at {rate:,.0f} tokens/s"
-    )
+    return tokens / seconds
 
 
 def validator(tokenizer: Any, pairs: Sequence[tuple[str, str]], eager: bool = False) -> Callable[[Any], dict[str, float]] | None:
@@ -284,7 +292,7 @@ def validator(tokenizer: Any, pairs: Sequence[tuple[str, str]], eager: bool = Fa
     if not pairs:
         return None
     before, after = (encode_all(tokenizer, texts) for texts in zip(*pairs, strict=True))
-    examples = [Example([tokenizer.bos_token_id, *b], [(a, 1.0)]) for b, a in zip(before, after, strict=True)]
+    examples = [Example([start_id(tokenizer), *b], [(a, 1.0)]) for b, a in zip(before, after, strict=True)]
     rows = pack(examples, max(e.tokens for e in examples))
 
     def loss(model: Any) -> dict[str, float]:

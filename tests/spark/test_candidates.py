@@ -1,0 +1,180 @@
+"""Requests are cut by their definitions; lists are distinct live items without the history, scored as the model itself scores them."""
+
+import datetime as dt
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rerank_world import pair_rows, put, stats_rows, vector_rows
+from sequence_world import ITEMS, START, catalogue, codes_of, interaction_rows, model_named, walks
+
+from gr2.context import Context
+from gr2.errors import ConfigError, InputError
+from scoring.model import load, sid_ids
+from spark_jobs import candidates
+from spark_jobs.candidates import logged, requests, sampled
+from spark_jobs.session import read
+
+pytestmark = pytest.mark.spark
+WINDOWS = (16, 22, 28)
+SMALL = ["candidates.n=5", "candidates.beam=40", "data.max_history=4", "midtrain.history_items=6"]
+TIME = [*SMALL, "data.protocol=time", "data.max_requests_per_user=2"]
+
+
+def expected(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Every possible request, from the definition."""
+    found = {}
+    for target in rows:
+        before = [r for r in rows if r["user_id"] == target["user_id"] and r["ordinal"] < target["ordinal"]]
+        seen = [r["item_id"] for r in before]
+        if target["split"] == "pretrain" or not before or target["item_id"] in seen:
+            continue
+        last = before[-1]
+        known = target["day_known"] and last["day_known"]
+        same = "same_day" if target["event_date"] == last["event_date"] else "later_day"
+        found[f"{target['split']}:{target['user_id']}:{target['ordinal']}"] = {
+            "target_id": target["item_id"],
+            "as_of": target["event_date"],
+            "history_ids": seen[-4:],
+            "history_days": [(target["event_date"] - r["event_date"]).days for r in before][-4:],
+            "slice": same if known else "unknown_day",
+            "seen_ids": set(seen),
+        }
+    return found
+
+
+def as_dict(frame: Any) -> dict[str, dict[str, Any]]:
+    return {r["request_id"]: r | {"seen_ids": set(r["seen_ids"])} for r in frame.toArrow().to_pylist()}
+
+
+@pytest.mark.parametrize("protocol", ["leave_one_out", "time"])
+def test_requests_are_what_their_definition_says(make_ctx: Callable[..., Context], protocol: str) -> None:
+    ctx = make_ctx([*TIME, f"data.protocol={protocol}"])
+    rng = np.random.default_rng(2)
+    rows = interaction_rows(walks(rng, 30, noise=0.4), rng, WINDOWS if protocol == "time" else None)
+    put(ctx, "interactions", rows)
+    found, wanted = as_dict(requests(ctx.cfg, read(ctx, "interactions"))), expected(rows)
+    assert found
+    assert all({k: row[k] for k in wanted[i]} == wanted[i] for i, row in found.items())
+    most = 1 if protocol == "leave_one_out" else 2
+    groups = [(i.split(":")[0], i.split(":")[1]) for i in wanted]
+    assert sorted((i.split(":")[0], i.split(":")[1]) for i in found) == sorted(
+        g for g in set(groups) for _ in range(min(most, groups.count(g)))
+    )
+    assert {r["slice"] for r in found.values()} == {"same_day", "later_day", "unknown_day"}
+    few = ctx.cfg.model_copy(update={"candidates": ctx.cfg.candidates.model_copy(update={"max_requests": 4, "max_rerank": 6})})
+    drawn = sampled(requests(ctx.cfg, read(ctx, "interactions")), few).toArrow()["request_id"].to_pylist()
+    assert drawn == sorted(drawn)
+    assert set(drawn) <= set(found)
+    sizes = {split: sum(i.startswith(split) for i in drawn) for split in ("rerank", "valid", "test")}
+    assert sizes == {s: min(6 if s == "rerank" else 4, sum(i.startswith(s) for i in found)) for s in sizes}
+
+
+def world(ctx: Context, windows: tuple[int, int, int] | None) -> list[dict[str, Any]]:
+    rng = np.random.default_rng(4)
+    rows = interaction_rows(walks(rng, 25), rng, windows)
+    catalogue(ctx)
+    put(ctx, "interactions", rows)
+    put(ctx, "item_embeddings", vector_rows(rng, ITEMS))
+    for fit in ("train", "refit"):
+        put(ctx, "item_pairs", pair_rows(rng, ITEMS, fit), {"fit": fit})
+        put(ctx, "item_stats", stats_rows(rng, ITEMS, fit), {"fit": fit})
+    model_named(ctx, "midtrain", "midtrain-refit")
+    return rows
+
+
+def scores_of_all(ctx: Context, name: str, history: list[str]) -> np.ndarray:
+    """log p(item | history) of every item, one by one, by whole forward passes."""
+    model, tokenizer = load(ctx.model(name, "midtrain").path)
+    ids_LK = sid_ids(tokenizer)
+    prompt = [tokenizer.bos_token_id, *(int(ids_LK[level, c]) for i in history[-5:] for level, c in enumerate(codes_of(int(i[1:]))))]
+    found = []
+    for item in range(ITEMS):
+        own = [int(ids_LK[level, c]) for level, c in enumerate(codes_of(item))]
+        with torch.inference_mode():
+            logps_TV = model(torch.tensor([[*prompt, *own]])).logits[0].log_softmax(-1)
+        found.append(sum(float(logps_TV[len(prompt) - 1 + k, t]) for k, t in enumerate(own)))
+    return np.array(found)
+
+
+def test_beams_rank_every_live_item_but_the_history(make_ctx: Callable[..., Context]) -> None:
+    ctx = make_ctx(TIME)
+    rows = world(ctx, WINDOWS)
+    candidates.run(ctx.cfg, ctx)
+    table, wanted = ctx.lake.read("candidates", order_by=["request_id"]).to_pylist(), expected(rows)
+    assert {r["split"] for r in table} == {"rerank", "valid", "test"}
+    for row in table:
+        name = "midtrain-refit" if row["split"] == "test" else "midtrain"
+        assert row["fit"] == ("refit" if row["split"] == "test" else "train")
+        assert row["model_id"] == ctx.model(name, "midtrain").id
+        assert row["source"] == "beam"
+        unborn = {f"i{k}" for k in range(ITEMS) if START + dt.timedelta(days=k) > row["as_of"]}
+        listed, banned = row["candidate_ids"], wanted[row["request_id"]]["seen_ids"] | unborn
+        assert len(set(listed)) == len(listed) == 5
+        assert not set(listed) & banned
+        assert row["prior_scores"] == sorted(row["prior_scores"], reverse=True)
+        assert row["grades"] == [int(i == row["target_id"]) for i in listed]
+        assert (row["full_rank"] is None) == (row["target_id"] in banned)  # the beam is as wide as the catalogue
+        assert row["target_rank"] == (row["full_rank"] if row["full_rank"] and row["full_rank"] <= 5 else None)
+    for row in table[:: len(table) // 4]:
+        name = "midtrain-refit" if row["split"] == "test" else "midtrain"
+        scores = scores_of_all(ctx, name, row["history_ids"])
+        assert np.allclose([scores[int(i[1:])] for i in row["candidate_ids"]], row["prior_scores"], atol=0.1)
+    features = ctx.lake.read("candidate_features", order_by=["request_id", "incoming_rank"]).to_pylist()
+    assert [(f["request_id"], f["item_id"]) for f in features] == [(r["request_id"], i) for r in table for i in r["candidate_ids"]]
+    versions = [ctx.lake.version(t) for t in ("candidates", "candidate_features")]
+    candidates.run(ctx.cfg, ctx)
+    assert versions == [ctx.lake.version(t) for t in ("candidates", "candidate_features")], "a rerun made a new version"
+
+
+def test_no_target_is_an_error_that_says_so(make_ctx: Callable[..., Context]) -> None:
+    ctx = make_ctx(SMALL)
+    put(ctx, "interactions", interaction_rows({"u1": ["i1"]}, np.random.default_rng(0)))
+    with pytest.raises(InputError, match="no user has a target"):
+        candidates.run(ctx.cfg, ctx)
+
+
+def test_lists_of_a_log_keep_its_order_and_grades(make_ctx: Callable[..., Context]) -> None:
+    ctx = make_ctx([*TIME, "candidates.source=log"])
+    rng = np.random.default_rng(6)
+    rows = interaction_rows(walks(rng, 12), rng, WINDOWS)
+    put(ctx, "interactions", rows)
+    slates: dict[str, list[tuple[str, int]]] = {}
+    shown, users = [], {}
+    for number in range(60):
+        user, day = f"u{rng.integers(12)}", START + dt.timedelta(days=int(rng.integers(8, 45)))
+        listed = [f"i{i}" for i in rng.permutation(ITEMS)[:6]]
+        grades = [int(g) for g in rng.choice(3, size=6, p=[0.8, 0.1, 0.1])]
+        slates[f"q{number}"], users[f"q{number}"] = list(zip(listed, grades, strict=True)), (user, day)
+        shown += [
+            {"request_id": f"q{number}", "user_id": user, "item_id": item, "request_time": dt.datetime.combine(day, dt.time(12), dt.UTC),
+             "event_date": day, "slot_row": p, "slot_col": 1, "position": p, "propensity": None, "click": g > 0, "purchase": g > 1,
+             "grade": g, "period": "2026"}
+            for p, (item, g) in enumerate(zip(listed, grades, strict=True), 1)
+        ]  # fmt: skip
+    put(ctx, "impressions", [shown[i] for i in rng.permutation(len(shown))])
+    found = {r["request_id"]: r for r in logged(ctx.cfg, read(ctx, "interactions"), read(ctx, "impressions")).toArrow().to_pylist()}
+    assert found
+    until = {s: max(r["event_date"] for r in rows if r["split"] == s) for s in ("pretrain", "rerank", "valid")}
+    for request, row in found.items():
+        user, day = users[request]
+        kept = slates[request][:5]
+        assert row["candidate_ids"] == [i for i, _ in kept]
+        assert row["grades"] == [g for _, g in kept]
+        assert any(row["grades"])
+        assert row["prior_scores"] == [-1.0, -2.0, -3.0, -4.0, -5.0]
+        assert row["source"] == row["model_id"] == "log"
+        before = [r for r in rows if r["user_id"] == user and r["event_time"].date() <= day]  # shown at noon, chosen at ten
+        assert row["history_ids"] == [r["item_id"] for r in before][-4:]
+        assert row["history_ids"]
+        assert row["split"] == next((s for s in ("pretrain", "rerank", "valid") if day <= until[s]), "test") != "pretrain"
+        positive = [i for i, g in kept if g]
+        assert (row["target_id"], row["target_rank"]) == (
+            (positive[0], row["candidate_ids"].index(positive[0]) + 1) if len(positive) == 1 else (None, None)
+        )
+    possible = {(u, r["split"]) for r in found.values() for u in [r["user_id"]]}
+    assert max(sum((r["user_id"], r["split"]) == p for r in found.values()) for p in possible) <= 2
+    with pytest.raises(ConfigError, match="protocol=time"):
+        logged(make_ctx([*SMALL, "data.protocol=leave_one_out"]).cfg, read(ctx, "interactions"), read(ctx, "impressions"))
