@@ -107,7 +107,7 @@ class Tokenizer(Section):
     random_levels: Positive = 1
     dim: Positive = 16  # width of the quantised space: narrower is more unique, wider keeps more of the vectors
     hidden: Positive = 256
-    steps: Positive = 2000
+    steps: Positive = 1500
     batch: Positive = 256
     lr: float = 1e-3
     ema: float = Field(0.97, ge=0.0, lt=1.0)  # 0: codebooks learn by gradient
@@ -280,6 +280,7 @@ class Distill(Section):
     train: Training = Training(epochs=2, lr=5e-4)
     source: Name = "rl"
     replicas: Positive = 2
+    max_requests: int = Field(400, ge=0)  # seeded sample of those with a relevant candidate; 0: all
     label_weight: float = Field(1.0, ge=0)
     order_weight: float = Field(0.5, ge=0)
 

@@ -38,7 +38,7 @@ def audits(ctx: Context) -> dict[str, dict[str, Any]]:
 
 
 def test_bijection_rerun_and_inserts(make_ctx: Callable[..., Context]) -> None:
-    ctx = make_ctx([*SMALL, "embeddings.frozen=true"])
+    ctx = make_ctx([*SMALL, "embeddings.frozen=true", "embeddings.collaborative_dim=0"])
     ids = publish_items(ctx, 60)
     publish_pairs(ctx, ids, "train", shift=0)
     item_embeddings.run(ctx.cfg, ctx)
@@ -78,7 +78,9 @@ def test_bijection_rerun_and_inserts(make_ctx: Callable[..., Context]) -> None:
     assert len({r["token_text"] for r in second.values()}) == 75
     assert audits(ctx)["drift: residual of new items over fitted"]["value"] > 0
 
-    thawed = make_ctx([*SMALL, "tokenizer.contrastive=0.1"])  # other settings, not frozen: a new version, twice the same
+    thawed = make_ctx(
+        [*SMALL, "tokenizer.contrastive=0.1", "embeddings.collaborative_dim=0"]
+    )  # other settings, not frozen: a new version, twice the same
     hashes = [tokenizer.run(thawed.cfg, thawed).detail["tokenizer"] for _ in range(2)]
     assert hashes[0] == hashes[1] != made.id
 
