@@ -1,0 +1,118 @@
+"""Stage `distill_examples`: what the best model makes of the re-ranker's own requests, to be imitated without thinking (METHOD 10).
+
+Reads `candidates`, `candidate_features`, `items`, `semantic_ids` (split `rerank`, lists with anything relevant, at most
+`distill.max_requests`) and the model `distill.source`. Writes `distill_examples` (one request and replica; key example_id).
+The source thinks first, greedily; its order is the answer it gives, its label log-probabilities those at the first answer position, after
+its own thought. Where that answer does not parse, it is asked in `score` mode instead: the row's `source_mode` says so.
+A rerun is harmless: decoding is greedy and the table is replaced whole.
+
+    gr2 stage distill_examples --profile demo
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+import schemas
+from gr2.answers import parse
+from gr2.config import Config
+from gr2.context import Context, Result
+from gr2.prompts import ANSWER_OPEN, END_THINK, View
+from schemas.base import INT, STRING, list_of
+from scoring.engine import Ask, Engine, seed_of
+from scoring.model import load_tokenizer
+from spark_jobs.engine_pool import Spec, engine_for, on_workers, portable
+from spark_jobs.prompting import render_texts, sample, views
+from spark_jobs.publish import publish
+from spark_jobs.rl_prompts import relevant
+from spark_jobs.session import read
+
+CHUNK = 512  # prompts rendered at once
+ROOM = 4  # tokens beyond thought and answer: the tags and the end
+ASKED = pa.schema(
+    [("example_id", STRING), ("request_id", STRING), ("think", STRING), ("prompt", STRING), ("labels", list_of(STRING)), ("ordinal", INT)]
+)
+
+
+def run(cfg: Config, ctx: Context) -> Result:
+    """Asks the source, publishes its answers. Raises MissingInputError, EngineError, ModelError (a prompt too long)."""
+    source = ctx.model(cfg.distill.source, "rl")
+    chosen = sample(relevant(ctx, "rerank"), cfg.distill.max_requests, cfg.seed, "distill")
+    parts, stream = [ASKED.empty_table()], views(ctx, cfg, "rerank", chosen, tuple(range(cfg.distill.replicas)))
+    tokenizer = load_tokenizer(source.path)
+    while chunk := list(islice(stream, CHUNK)):
+        parts.append(asks(cfg, tokenizer, chunk))
+    asked = pa.concat_tables(parts)
+    ctx.log(f"distill_examples: {asked.num_rows} prompts of {len(chosen)} requests for {source.id}")
+    job = answering(portable(cfg, ctx), source.id, str(source.path))
+    rows = publish(ctx, "distill_examples", on_workers(ctx, asked, job, schemas.get("distill_examples").arrow()))
+    scored = read(ctx, "distill_examples").where("source_mode = 'score'").count()
+    return Result(rows_in=asked.num_rows, rows_out=rows, detail={"source": source.id, "did_not_parse": scored})
+
+
+def asks(cfg: Config, tokenizer: Any, chunk: Sequence[tuple[dict[str, Any], View]]) -> pa.Table:
+    """Each view in both forms: the prompt that asks for a thought, and the one whose next token is the first label."""
+    shown = [view for _, view in chunk]
+    think, score = (render_texts(tokenizer, shown, cfg, mode) for mode in ("think", "score"))
+    rows = []
+    for (row, view), thinking, direct in zip(chunk, think, score, strict=True):
+        example = f"{row['request_id']}#{row['replica']}"
+        rows.append(
+            {
+                "example_id": example,
+                "request_id": row["request_id"],
+                "think": thinking,
+                "prompt": direct,
+                "labels": list(view.shown_labels),
+                "ordinal": seed_of("order", cfg.seed, example),
+            }
+        )
+    return pa.Table.from_pylist(rows, schema=ASKED)
+
+
+def answering(cfg: Config, name: str, path: str) -> Callable[[list[dict[str, Any]]], Iterator[pa.RecordBatch]]:
+    """Runs in a Python worker, with its one engine."""
+
+    def answer(rows: list[dict[str, Any]]) -> Iterator[pa.RecordBatch]:
+        engine = engine_for(Spec("vllm", f"vllm:{name}", path), cfg)
+        rows = sorted(rows, key=lambda row: row["example_id"])
+        for start in range(0, len(rows), cfg.scoring.chunk):
+            made = imitated(engine, rows[start : start + cfg.scoring.chunk], cfg, name)
+            yield pa.RecordBatch.from_pylist(made, schema=schemas.get("distill_examples").arrow())
+
+    return answer
+
+
+def imitated(engine: Engine, rows: Sequence[dict[str, Any]], cfg: Config, name: str) -> list[dict[str, Any]]:
+    """The rows of `distill_examples`. A row that the engine cannot score at all is left out."""
+    limit = cfg.prompt.max_thought_tokens + cfg.prompt.max_answer_tokens + ROOM
+    answers = engine.generate([Ask(row["example_id"], row["think"], limit, 0.0, 0) for row in rows])
+    orders = [parse(answer.text, row["labels"], "think").order for row, answer in zip(rows, answers, strict=True)]
+    contexts = [
+        row["prompt"] if order is None else row["think"] + answer.text.partition(END_THINK)[0] + END_THINK + ANSWER_OPEN
+        for row, answer, order in zip(rows, answers, orders, strict=True)
+    ]
+    labels = sorted({label for row in rows for label in row["labels"]})
+    scores_BY = engine.label_logprobs(contexts, labels)
+    made = []
+    for row, order, scores_Y in zip(rows, orders, scores_BY, strict=True):
+        if not np.isfinite(scores_Y).all():
+            continue
+        score_of = dict(zip(labels, scores_Y.tolist(), strict=True))
+        final = order or tuple(sorted(row["labels"], key=lambda label: (-score_of[label], label)))
+        made.append(
+            {
+                "example_id": row["example_id"],
+                "request_id": row["request_id"],
+                "source_model": name,
+                "source_mode": "think" if order else "score",
+                "prompt": row["prompt"],
+                "order": list(final),
+                "label_logprobs": [score_of[label] for label in final],
+                "ordinal": row["ordinal"],
+            }
+        )
+    return made
