@@ -152,7 +152,7 @@ class Training(Section):
     weight_decay: float = Field(0.05, ge=0)
     clip: float = Field(1.0, gt=0)
     average: float = Field(0.0, ge=0.0, lt=1.0)  # decay of the averaged weights that are exported; 0: the last weights
-    checkpoint_every: int = Field(0, ge=0)  # steps; 0: only at the end
+    checkpoint_every: int = Field(0, ge=0)  # steps; 0: none (an interrupted training starts again)
     precision: Literal["bf16", "fp32"] = "bf16"  # of matrix products; weights and optimizer are fp32 either way
     zero_stage: int = Field(1, ge=0, le=3)
     processes: Positive = 1

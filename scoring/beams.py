@@ -54,7 +54,7 @@ def beam_search(
     exclude: Sequence[Sequence[int]] | None = None,
     *,
     pad: int = 0,
-    batch: int = 128,
+    batch: int = 64,
     bf16: bool = True,
 ) -> Found:
     """The `width` most likely items of each prompt (token ids), items of `exclude` (rows of codes_NL, per prompt) left out.
