@@ -270,8 +270,10 @@ class OPD(Section):
 class Latents(Section):
     """The latent context compressor (METHOD 9)."""
 
-    train: Training = Training(lr=1e-3, max_steps=120)
-    vectors: Positive = 2  # learned vectors an item
+    train: Training = Training(lr=2e-3, max_steps=60)
+    vectors: Positive = 1  # learned vectors an item
+    text_tokens: Positive = 32  # of an item's text that the compressor reads, beside its semantic ID
+    validate_requests: Positive = 64  # held-out prompts on which it is measured
 
 
 class Distill(Section):
