@@ -162,11 +162,10 @@ class Training(Section):
 class Midtrain(Section):
     """The mix of METHOD 3. `history` is the sequence task, whose prefixes are its sliding windows; the others have a share of examples."""
 
-    student: Training = Training(epochs=6, lr=2e-3, row_tokens=128, weight_decay=0.1)
-    teacher: Training = Training(epochs=4, lr=1.5e-3, row_tokens=128, weight_decay=0.1)
-    refit: Training = Training(
-        epochs=1.5, lr=5e-4, row_tokens=128, weight_decay=0.1
-    )  # continues the student on all but the last two splits
+    student: Training = Training(epochs=15, lr=2e-3, row_tokens=128, tokens_per_batch=2048, weight_decay=0.1, average=0.95)
+    teacher: Training = Training(epochs=4, lr=1.5e-3, row_tokens=128, tokens_per_batch=2048, weight_decay=0.1, average=0.95)
+    # continues the student on all but the last two splits
+    refit: Training = Training(epochs=2, lr=5e-4, row_tokens=128, tokens_per_batch=2048, weight_decay=0.1, average=0.95)
     titles: float = Field(0.05, ge=0)  # examples over users
     persona: float = Field(0.05, ge=0)
     captions: float = Field(0.2, ge=0)  # examples over items
