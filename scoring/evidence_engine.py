@@ -24,12 +24,21 @@ from scoring.engine import Answer, Ask, failed, seed_of
 Floats = NDArray[np.float64]
 NAME = "evidence:1"
 FOLDS = 2
-RIDGE = 4.0  # of the standardised weights, against the sum over lists
+RIDGE = 20.0  # of the standardised weights, against the sum over lists
 BOOST = 8.0  # of the target's score in the targeted mode: it nearly always comes first
 PLACES = 20  # incoming places with a weight of their own
-# Counts and weights: log, presence, and whether it is the list's largest. The second name is how prompts call the feature.
-COUNTS = {"pair_next": "next", "pair_last": "pair", "pair_sum": "ever", "pair_max": "ever", "lift_max": "lift", "recent": "pop"}
+# How prompts call the evidence in each column. Counts are heavy-tailed: they enter in logs.
+COUNTS = {"pair_next": "next", "pair_last": "pair", "pair_sum": "ever", "pair_max": "ever", "lift_max": "lift"}
 DEGREES = {"same_brand": "brand", "category_overlap": "kind", "text_similarity": "like", "text_similarity_max": "like"}
+# Steps that a value may reach, much like the words of a prompt: what helps is seldom a straight line.
+STEPS = {
+    "lift_max": (2.0, 20.0, 60.0, 150.0, 400.0),
+    "pair_sum": (0.01, 0.3, 1.5, 6.0),
+    "recent": (1.5, 2.5, 3.5, 4.5),
+    "trend": (-1.2, -0.75, -0.5, -0.3, -0.15),
+    "category_overlap": (0.3, 0.5, 0.99),
+    "text_similarity": (0.03, 0.1, 0.25, 0.5),
+}
 NEED, PATTERN = ("next", "pair", "ever", "lift", "like"), ("brand", "kind", "pop", "trend")
 
 
@@ -38,39 +47,44 @@ NEED, PATTERN = ("next", "pair", "ever", "lift", "like"), ("brand", "kind", "pop
 
 def columns_of() -> tuple[str, ...]:
     """Columns of `candidate_features` that the program reads, in the order of `design`'s last axis."""
-    return ("incoming_rank", "prior_gap", *COUNTS, *DEGREES, "popularity", "price_ratio", "days_since_seen")
+    return ("incoming_rank", "prior_gap", *COUNTS, *DEGREES, "recent", "popularity", "price_ratio", "days_since_seen")
 
 
 def design(raw_RNC: Floats, there_RN: NDArray[np.bool_]) -> tuple[Floats, list[str]]:
     """(R, N, F) features of lists from raw columns (`columns_of`), and for each the name under which a rationale cites it ("" for none).
 
-    NaN, what is unknown, counts as zero. Besides values in logs there are comparisons within the list: a ranking is about differences.
+    NaN, what is unknown, counts as zero. Besides values there are steps, and places within the list: a ranking is about differences.
     """
     raw = dict(zip(columns_of(), np.moveaxis(np.nan_to_num(raw_RNC), 2, 0), strict=True))
     parts: list[tuple[Floats, str]] = []
-    place_RN = raw["incoming_rank"]
-    parts += [(1.0 / np.maximum(place_RN, 1.0), "prior"), (np.log(np.maximum(place_RN, 1.0)), "prior")]
+    place_RN, gap_RN, age_RN = np.maximum(raw["incoming_rank"], 1.0), np.maximum(raw["prior_gap"], 0.0), raw["days_since_seen"]
+    parts += [(1.0 / place_RN, "prior"), (np.log(place_RN), "prior"), (gap_RN, "gap"), (np.log1p(gap_RN), "gap")]
     parts += [((place_RN == place).astype(np.float64), "prior") for place in range(1, PLACES + 1)]
-    gap_RN = np.maximum(raw["prior_gap"], 0.0)
-    parts += [(gap_RN, "gap"), (np.log1p(gap_RN), "gap")]
-    for column, cited in COUNTS.items():
-        value_RN = np.maximum(raw[column], 0.0)
-        parts += [(np.log1p(value_RN), cited), (np.sqrt(value_RN), cited), ((value_RN > 0).astype(np.float64), cited)]
-        parts.append((_largest(value_RN, there_RN), cited))
-    for column, cited in DEGREES.items():
-        parts += [(raw[column], cited), (raw[column] ** 2, cited), (_largest(raw[column], there_RN), cited)]
-    age_RN = raw["days_since_seen"]
-    trend_RN = raw["recent"] - raw["popularity"]  # how much of its popularity is of late
-    parts += [(trend_RN, "trend"), (np.exp(np.clip(trend_RN, -20.0, 20.0)), "trend")]
-    parts += [(raw["popularity"], "pop"), (np.abs(np.log(np.maximum(raw["price_ratio"], 1e-3))), "")]
+    columns = {name: (np.maximum(raw[name], 0.0), cited) for name, cited in COUNTS.items()}
+    parts += [(transform(value_RN), cited) for value_RN, cited in columns.values() for transform in (np.log1p, np.sqrt)]
+    columns |= {name: (raw[name], cited) for name, cited in DEGREES.items()}
+    columns |= {"recent": (raw["recent"], "pop"), "popularity": (raw["popularity"], "pop")}
+    columns["trend"] = (raw["recent"] - raw["popularity"], "trend")  # how much of its popularity is of late
+    parts += [(columns[name][0], columns[name][1]) for name in (*DEGREES, "recent", "popularity", "trend")]
+    for name, (value_RN, cited) in columns.items():
+        parts += [(_above(value_RN, there_RN), cited), (_largest(value_RN, there_RN), cited)]
+        parts += [((value_RN >= step).astype(np.float64), cited) for step in STEPS.get(name, (1e-9,) if name in COUNTS else ())]
+    parts += [(np.abs(np.log(np.maximum(raw["price_ratio"], 1e-3))), "")]
     parts += [(np.log1p(np.maximum(age_RN, 0.0)), ""), ((age_RN < 0).astype(np.float64), "")]
     return np.stack([values for values, _ in parts], axis=2), [cited for _, cited in parts]
 
 
+def _above(values_RN: Floats, there_RN: NDArray[np.bool_]) -> Floats:
+    """Share of the list that a value exceeds."""
+    exceeds_RNN = (values_RN[:, :, None] > values_RN[:, None, :]) & there_RN[:, None, :]
+    return exceeds_RNN.sum(axis=2) / np.maximum(there_RN.sum(axis=1, keepdims=True), 1)
+
+
 def _largest(values_RN: Floats, there_RN: NDArray[np.bool_]) -> Floats:
-    """1 where a positive value is its list's largest."""
-    top_R1 = np.where(there_RN, values_RN, -np.inf).max(axis=1, keepdims=True)
-    return ((values_RN == top_R1) & (values_RN > 0)).astype(np.float64)
+    """1 where a value is its list's largest, and the list has another."""
+    own_RN = np.where(there_RN, values_RN, -np.inf)
+    varied_R1 = own_RN.max(axis=1, keepdims=True) > np.where(there_RN, values_RN, np.inf).min(axis=1, keepdims=True)
+    return ((own_RN == own_RN.max(axis=1, keepdims=True)) & varied_R1).astype(np.float64)
 
 
 # -- weights ----------------------------------------------------------------------------------------------------------
