@@ -15,14 +15,18 @@ Modes: think and direct generate; score orders by the labels' log-probabilities 
 
 import hashlib
 import itertools
+import re
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from py4j.protocol import Py4JJavaError
+from pyspark.errors import PySparkException
 from pyspark.sql.pandas.types import from_arrow_schema
 
 import schemas
@@ -31,7 +35,7 @@ from gr2.answers import parse
 from gr2.artifacts import Artifact
 from gr2.config import Config
 from gr2.context import Context, Result
-from gr2.errors import MissingInputError, ModelError
+from gr2.errors import EngineError, MissingInputError, ModelError
 from gr2.prompts import LABELS, Mode, View, prompt_hash
 from schemas.base import DOUBLE, FLOAT, INT, STRING, list_of
 from scoring.engine import Ask, seed_of
@@ -75,15 +79,26 @@ def run(cfg: Config, ctx: Context) -> Result:
     raw = ctx.work("rerank_scores") / "answered"
     shutil.rmtree(raw, ignore_errors=True)
     # One job over all that is asked, written once: a lazy plan that is read twice would generate twice.
-    job = _answering(portable(cfg, ctx))
-    on_workers(ctx, asked, job, pa.schema([*ASKED, *ANSWERED])).write.parquet(str(raw))
+    frame = on_workers(ctx, asked, _answering(portable(cfg, ctx)), pa.schema([*ASKED, *ANSWERED]))
+    try:
+        frame.write.parquet(str(raw))
+    except (PySparkException, Py4JJavaError) as error:  # how Spark hands on what a Python worker raised
+        causes = re.findall(r"(?:gr2\.errors\.)?(\w*(?:Error|Problem): .+)", str(error))
+        raise EngineError(f"the engine job failed, nothing was published: {causes[-1] if causes else error}") from error
+    values = pq.read_table(raw, columns=["model_id", "mode", "labels", "logprobs", "prompt_tokens", "completion_tokens"])
+    if values.num_rows != asked.num_rows:
+        raise EngineError(
+            f"the engine job gave {values.num_rows} of {asked.num_rows} answers, nothing was published: see the worker's log above"
+        )
+    prior = label_priors(ctx, values.select(["model_id", "mode", "labels", "logprobs"]))
     answered = ctx.spark.read.parquet(str(raw))
-    prior = label_priors(ctx, pq.read_table(raw, columns=["model_id", "mode", "labels", "logprobs"]))
     contract = schemas.get("rerank_scores")
     added = publish(ctx, "rerank_scores", answered.mapInArrow(_judged(prior), from_arrow_schema(contract.arrow())))
-    statuses, tokens = _counts(pq.read_table(raw, columns=["error", "prompt_tokens", "completion_tokens"]))
+    statuses = _statuses(ctx, models)
+    ctx.log(f"rerank_scores: {statuses}")
+    tokens = sum(sum(values[c].to_pylist()) for c in ("prompt_tokens", "completion_tokens"))
     shutil.rmtree(raw, ignore_errors=True)
-    return Result(rows_in=asked.num_rows, rows_out=added, tokens=tokens, detail={"models": [m.id for m in models], **statuses})
+    return Result(rows_in=asked.num_rows, rows_out=added, tokens=tokens, detail={"models": [m.id for m in models], "statuses": statuses})
 
 
 # -- what is asked ----------------------------------------------------------------------------------------------------
@@ -323,8 +338,12 @@ def score_order(candidates: list[str], labels: list[str], logprobs: list[float],
     return [candidates[place] for place in sorted(range(len(candidates)), key=lambda place: (-gain[place], place))]
 
 
-def _counts(answered: pa.Table) -> tuple[dict[str, int], int]:
-    """Failures by name, tokens read and written."""
-    errors = [e for e in answered["error"].to_pylist() if e]
-    tokens = sum(sum(answered[c].to_pylist()) for c in ("prompt_tokens", "completion_tokens"))
-    return {name: errors.count(name) for name in sorted(set(errors))}, tokens
+def _statuses(ctx: Context, models: list[Artifact]) -> dict[str, dict[str, int]]:
+    """Model and mode -> status -> rows, over all that the table holds of these models."""
+    columns = ("model", "mode", "status")
+    table = ctx.lake.read("rerank_scores", list(columns), model_id=[m.id for m in models])
+    counts = Counter(zip(*(table[c].to_pylist() for c in columns), strict=True))
+    found: dict[str, dict[str, int]] = {}
+    for (model, mode, status), count in sorted(counts.items()):
+        found.setdefault(f"{model}/{mode}", {})[status] = count
+    return found

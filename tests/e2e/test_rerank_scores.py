@@ -13,10 +13,10 @@ from gr2 import artifacts
 from gr2.answers import FAILURES
 from gr2.config import Model
 from gr2.context import Context
-from gr2.errors import MissingInputError
+from gr2.errors import EngineError, MissingInputError
 from gr2.prompts import load_template, vocabulary_texts
 from gr2.sids import sid_tokens, to_text
-from scoring.model import build_model, build_vocabulary, label_logprobs, load, save
+from scoring.model import build_model, build_vocabulary, label_logprobs, load, load_tokenizer, save
 from spark_jobs import rerank_scores
 from spark_jobs.prompting import render_texts, views
 
@@ -117,6 +117,13 @@ def test_scores_are_permutations_or_named_failures_and_a_rerun_adds_nothing(make
     after = {tuple(r[k] for k in rerank_scores.KEY): r for r in ctx.lake.read("rerank_scores").to_pylist()}
     assert added.rows_out == len(after) - len(before) >= 1
     assert {k: after[k] for k in before} == before, "what was scored stays as it was"
+
+    with artifacts.publish_folder(ctx.root, "opd", {}) as draft:
+        load_tokenizer(ctx.model("rl", "rl").path).save_pretrained(draft)
+    version = ctx.lake.version("rerank_scores")
+    with pytest.raises(EngineError, match="nothing was published"):
+        rerank_scores.run(ctx.cfg, ctx)
+    assert ctx.lake.version("rerank_scores") == version, "a model that cannot be served stops the stage"
 
 
 def answered(text: str = "", mode: str = "think", error: str = "", logprobs: list[float] | None = None) -> dict[str, Any]:
