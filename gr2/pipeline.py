@@ -99,7 +99,15 @@ STAGES = (
     Stage("rl", "training.rl", ("rl", "models", "prompt"), ("rl_prompts",), (), ("sft", "sft-teacher"), ("rl-teacher", "rl")),
     Stage("opd", "training.opd", ("opd", "rl", "models", "prompt"), ("rl_prompts",), (), ("sft", "rl-teacher"), ("opd", "opd+rl")),
     Stage("rollouts", "spark_jobs.rollouts", ("rl", "opd"), ("rl_prompts",), ("rollouts",), ("rl-teacher", "rl", "opd", "opd+rl")),
-    Stage("latents", "training.latents", ("latents", "models"), ("items", "semantic_ids", "rl_prompts"), (), ("rl",), ("latents",)),
+    Stage(
+        "latents",
+        "training.latents",
+        ("latents", "models", "prompt"),
+        ("items", "semantic_ids", "rl_prompts"),
+        (),
+        ("rl", "tokenizer"),
+        ("latents",),
+    ),
     Stage("item_latents", "spark_jobs.item_latents", ("latents",), ("items",), ("item_latents",), ("latents",)),
     Stage(
         "distill_examples",

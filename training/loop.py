@@ -287,7 +287,7 @@ def _mix(*numbers: int) -> int:
 
 def train(
     model: Any,
-    steps: Iterable[Batch],
+    steps: Iterable[Any],
     loss_fn: LossFn,
     settings: Training,
     *,

@@ -1,0 +1,71 @@
+"""Distillation to the score mode: a tiny student takes over orders from soft labels, without a thought."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from gr2.errors import InputError
+from gr2.prompts import ANSWER_OPEN, EMPTY_THOUGHT
+from scoring.model import label_logprobs, load
+from tests.e2e import tiny
+from training import distill
+from training.data import pack, to_batch
+from training.losses import distill_loss
+
+pytestmark = pytest.mark.e2e
+
+
+def rows(tokenizer, count: int) -> list[dict]:
+    """A source that ranks the labels by name, with log-probabilities to match."""
+    made = []
+    for number in range(count):
+        shown, _ = tiny.view(number, candidates=3 if number % 4 else 2)
+        order = sorted(shown.labels)
+        prompt = tiny.prompt_of(tokenizer, shown, "direct") + EMPTY_THOUGHT + ANSWER_OPEN
+        made.append({"example_id": f"r{number}#0", "request_id": f"r{number}", "source_model": "rl@x", "source_mode": "think",
+                     "prompt": prompt, "order": order, "label_logprobs": [-0.5 - 1.5 * place for place in range(len(order))], "ordinal": number})  # fmt: skip
+    return made
+
+
+def test_fast_learns_order_and_log_probabilities(make_ctx):
+    ctx = make_ctx(
+        ["distill.train.max_steps=25", "distill.train.lr=5e-3", "distill.train.tokens_per_batch=2048", "distill.train.precision=fp32"]
+    )
+    tokenizer = tiny.model_named(ctx, "sft")
+    table = rows(tokenizer, 40)
+    tiny.put(ctx, "distill_examples", table)
+    distill.run(ctx.cfg, ctx)
+    made = ctx.model("fast", "distill")
+    curve = [json.loads(line) for line in (made.path / "metrics.jsonl").read_text().splitlines()]
+    assert curve[-1]["loss"] < 0.4 * curve[0]["loss"]
+    assert curve[-1]["same_first"] > 0.95
+    model, _ = load(made.path)
+    scores = label_logprobs(model, tokenizer, [r["prompt"] for r in table[:8]], ["A", "B", "C"])
+    three = [i for i in range(8) if len(table[i]["order"]) == 3]
+    assert (np.argsort(-scores[three], axis=1) == [0, 1, 2]).all()
+
+
+def test_the_loss_of_a_batch_is_the_mean_over_examples_of_any_length(ctx):
+    tokenizer = tiny.model_named(ctx, "sft")
+    model, _ = load(ctx.model("sft", "sft").path)
+    tiny.put(ctx, "distill_examples", rows(tokenizer, 5))
+    table = ctx.lake.read("distill_examples", order_by=["ordinal"])
+    examples, taught = distill.to_examples(tokenizer, table)
+    batch = to_batch(pack(examples, 512), slice(None))
+    expected = []
+    for row in table.to_pylist():
+        student = label_logprobs(model, tokenizer, [row["prompt"]], row["order"])
+        expected.append(distill_loss(torch.from_numpy(student), torch.tensor([row["label_logprobs"]]), 1.0, 0.5).item())
+    assert taught.loss_fn(1.0, 0.5)(model, batch)[0].item() == pytest.approx(np.mean(expected), rel=1e-4)
+
+
+def test_empty_and_broken_examples_are_refused(ctx):
+    tokenizer = tiny.model_named(ctx, "sft")
+    tiny.put(ctx, "distill_examples", [])
+    with pytest.raises(InputError, match="empty"):
+        distill.run(ctx.cfg, ctx)
+    tiny.put(ctx, "distill_examples", [{**rows(tokenizer, 1)[0], "label_logprobs": [-1.0]}])
+    with pytest.raises(InputError, match="differ in length"):
+        distill.run(ctx.cfg, ctx)

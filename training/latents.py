@@ -1,0 +1,338 @@
+"""Stage `latents`: the latent context compressor, which says an item in k learned vectors instead of its tokens (METHOD 9).
+
+Reads `rl_prompts`, `items`, `semantic_ids` and the frozen model `rl`. A small encoder reads an item's semantic ID and text through the
+frozen model's own embeddings and gives k vectors; in a prompt they stand in place of what the prompt says of the item (its ID, and its text
+where the template shows one). It learns to leave the frozen model's answers as they were: the KL divergence at every token of an answer.
+Writes the artefact `latents`: compressor.safetensors, compressor.json, vectors.arrow (one item; published by the stage `item_latents`),
+metrics.jsonl and, in the manifest, what was measured on held-out prompts before and after training, and with the items left out.
+A rerun is harmless: everything is seeded, and the artefact is published whole.
+
+    gr2 stage latents --profile demo
+
+Shapes: B prompts, T tokens, D hidden size, V vocabulary, I items, K vectors of an item, S tokens of an item's reading, R learned tokens.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from gr2.config import Config, Latents
+from gr2.context import Context, Result
+from gr2.errors import InputError
+from gr2.metrics import kendall_tau, ndcg_at
+from gr2.prompts import ANSWER_OPEN, EMPTY_THOUGHT, LABELS, Template, clean, format_answer, load_template
+from schemas.base import FLOAT, INT, STRING, list_of
+from scoring.model import autocast, encode, encode_all, hidden_states, label_ids, label_logprobs, load, right_padded
+from training.loop import train
+from training.rollouts import Task, read_tasks
+from training.sft import fingerprint, manifest_of, publishing
+
+_SID = re.compile(r"(?:<[a-j]_\d+>)+")
+VECTORS = pa.schema([("item_id", STRING), ("vectors", list_of(FLOAT)), ("k", INT), ("text_tokens", INT)])
+
+
+def run(cfg: Config, ctx: Context) -> Result:
+    """Trains, measures, publishes. Raises MissingInputError, InputError (no prompt, or prompts without an item)."""
+    base = ctx.model("rl", "rl")
+    model, tokenizer = load(base.path)
+    model.requires_grad_(False)
+    items = read_items(ctx, cfg, tokenizer)
+    template = load_template(cfg.prompt.template, cfg.prompt.evidence)
+    learn, held_out = (texts(model, tokenizer, read_tasks(ctx, split), items, template) for split in ("rerank", "valid"))
+    held_out = held_out[: cfg.latents.validate_requests]
+    compressor = Compressor(model, items.readings_IS.shape[1], cfg.latents, cfg.seed)
+    settings = cfg.latents.train
+    stream = Stream(learn, settings.tokens_per_batch, cfg.seed)
+    ctx.log(f"latents: {len(learn)} prompts, {settings.max_steps} steps, about {settings.max_steps * settings.tokens_per_batch:,} tokens")
+    names = ("rl_prompts", "items", "semantic_ids")
+    manifest = manifest_of(cfg, settings, {"tables": {t: ctx.lake.version(t) for t in names}, "models": {"rl": base.hash}})
+    before = measure(model, compressor, tokenizer, items, held_out)
+    with publishing(ctx, "latents", manifest) as folder:
+        summary = train(
+            compressor,
+            stream,
+            keeps_behaviour(model, items, settings.accumulation),
+            settings,
+            folder=folder,
+            total_steps=max(1, settings.max_steps),
+            ctx=ctx,
+            checkpoint=ctx.work("latents", "checkpoint"),
+            seed=cfg.seed,
+            fingerprint=fingerprint("latents", manifest, __name__),
+            label="latents",
+        )
+        after = measure(model, compressor, tokenizer, items, held_out)
+        dropped = measure(model, None, tokenizer, items, held_out)
+        manifest |= {"steps": summary.steps, "before": before, "after": after, "items_left_out": dropped}
+        write(folder, compressor, model, items, cfg.latents, base.id)
+    shown = ", ".join(
+        f"{name} {before[name]:.3f} -> {after[name]:.3f} (left out: {dropped[name]:.3f})" for name in ("kl", "same_first", "ndcg3")
+    )
+    ctx.log(f"latents: {after['saved']:.0%} fewer prompt tokens; {shown}; ndcg3 of the full prompt {after['ndcg3_full']:.3f}")
+    return Result(rows_in=len(learn), rows_out=len(items.ids), tokens=stream.tokens, detail={"before": before, "after": after})
+
+
+# -- items and prompts ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Items:
+    """The catalogue as the compressor reads it: `readings_IS` holds the tokens of ID and text, filled at the right (`lengths_I`)."""
+
+    ids: list[str]
+    number_of: dict[str, int]  # semantic ID -> place
+    texts: list[str]
+    readings_IS: torch.Tensor
+    lengths_I: torch.Tensor
+    replaced: list[int]  # tokens that the prompt says an item with
+
+
+def read_items(ctx: Context, cfg: Config, tokenizer: Any) -> Items:
+    """Items with a semantic ID under the current tokenizer, in order of item_id."""
+    catalogue = ctx.lake.read("items", ["item_id", "text"], order_by=["item_id"])
+    codes = ctx.lake.read("semantic_ids", ["item_id", "token_text"], tokenizer=ctx.model("tokenizer", "tokenizer").id)
+    sid_of = dict(zip(codes["item_id"].to_pylist(), codes["token_text"].to_pylist(), strict=True))
+    text_of = {i: text for i, text in zip(*(catalogue[c].to_pylist() for c in ("item_id", "text")), strict=True) if i in sid_of}
+    ids, texts_ = list(text_of), list(text_of.values())
+    words = load_template(cfg.prompt.template).text_words
+    said = encode_all(tokenizer, [said_of(sid_of[i], text, words) for i, text in text_of.items()])
+    sids = encode_all(tokenizer, [sid_of[i] for i in ids])
+    readings = [[*sid, *text[: cfg.latents.text_tokens]] for sid, text in zip(sids, encode_all(tokenizer, texts_), strict=True)]
+    readings_IS, lengths_I = right_padded(readings, tokenizer.pad_token_id)
+    return Items(ids, {sid_of[i]: n for n, i in enumerate(ids)}, texts_, readings_IS, lengths_I, [len(tokens) for tokens in said])
+
+
+def said_of(sid: str, text: str, words: int) -> str:
+    """What a prompt says of an item beside its evidence: the ID, and the first words of its text where the template shows them."""
+    return f"{sid} {clean(text, words)}".strip()
+
+
+@dataclass(frozen=True)
+class Text:
+    """A prompt and an answer to it. `ids`: its tokens; `short`: the same, but each item n that the prompt says is the one place -n - 1."""
+
+    task: Task
+    ids: tuple[int, ...]
+    short: tuple[int, ...]
+    learned: int  # tokens at the end whose distribution is to be kept: the answer after its opening
+
+
+def texts(model: Any, tokenizer: Any, tasks: Sequence[Task], items: Items, template: Template) -> list[Text]:
+    """Prompts in the form that asks for no thought, each with the frozen model's own order as its answer."""
+    prompts = [direct_form(task.prompt, template) + EMPTY_THOUGHT + ANSWER_OPEN for task in tasks]
+    logp_BY = label_logprobs(model, tokenizer, prompts, list(LABELS))
+    made = []
+    for task, prompt, logp_Y in zip(tasks, prompts, logp_BY, strict=True):
+        order = sorted(task.incoming, key=lambda label: (-logp_Y[LABELS.index(label)], label))
+        answer = tuple(encode(tokenizer, format_answer(order).removeprefix(ANSWER_OPEN)))
+        short = shortened(tokenizer, prompt, items, template.text_words)
+        made.append(Text(task, (*encode(tokenizer, prompt), *answer), (*short, *answer), len(answer)))
+    if not any(n < 0 for text in made for n in text.short):
+        raise InputError(
+            "no item was found in any prompt: rl_prompts and semantic_ids are of different tokenizers; run `gr2 stage rl_prompts`"
+        )
+    return made
+
+
+def direct_form(prompt: str, template: Template) -> str:
+    """A prompt that asks for a thought, as one that does not."""
+    head, found, tail = prompt.rpartition(template.closing["think"])
+    if not found:
+        return prompt
+    return head.replace(f" {template.steps}", "", 1) + template.closing["direct"] + tail
+
+
+def shortened(tokenizer: Any, prompt: str, items: Items, words: int) -> list[int]:
+    """A prompt's tokens with every item that it says as one place below zero."""
+    result: list[int] = []
+    end = 0
+    for match in _SID.finditer(prompt):
+        number = items.number_of.get(match[0])
+        if number is None:
+            continue
+        said = said_of(match[0], items.texts[number], words)
+        result += [*encode(tokenizer, prompt[end : match.start()]), -number - 1]
+        end = match.start() + len(said) if prompt.startswith(said, match.start()) else match.end()
+    return result + encode(tokenizer, prompt[end:])
+
+
+class Stream:
+    """Endless batches of texts of at most `tokens` tokens; its state is one number."""
+
+    def __init__(self, found: Sequence[Text], tokens: int, seed: int) -> None:
+        self.found, self.seed, self.taken, self.tokens = found, seed, 0, 0
+        self.size = max(1, tokens // max(len(text.ids) for text in found))
+
+    def __iter__(self) -> Iterator[list[Text]]:
+        while True:
+            batch = []
+            for place in range(self.taken, self.taken + self.size):
+                epoch, within = divmod(place, len(self.found))
+                batch.append(self.found[int(np.random.default_rng([self.seed, epoch]).permutation(len(self.found))[within])])
+            self.taken += self.size
+            self.tokens += sum(len(text.ids) + len(text.short) for text in batch)
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands."""
+        return {"taken": self.taken, "tokens": self.tokens}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where `state` stood."""
+        self.taken, self.tokens = int(state["taken"]), int(state["tokens"])
+
+
+# -- the compressor ---------------------------------------------------------------------------------------------------
+
+
+class Compressor(torch.nn.Module):
+    """One transformer layer over an item's reading, then K learned queries that attend to it.
+
+    What it adds starts at zero, so that training starts from the mean of the embeddings.
+    """
+
+    def __init__(self, model: Any, longest: int, settings: Latents, seed: int) -> None:
+        super().__init__()
+        table_VD = model.get_input_embeddings().weight
+        width, heads = table_VD.shape[1], model.config.num_attention_heads
+        self.k, self.scale = settings.vectors, float(table_VD.float().pow(2).mean().sqrt())
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.places_SD = torch.nn.Parameter(torch.randn(longest, width) * 0.1)
+            self.queries_KD = torch.nn.Parameter(torch.randn(self.k, width) * 0.5)
+            self.layer = torch.nn.TransformerEncoderLayer(width, heads, 2 * width, dropout=0.0, batch_first=True, norm_first=True)
+            self.attend = torch.nn.MultiheadAttention(width, heads, batch_first=True)
+            self.out = torch.nn.Linear(width, width)
+        torch.nn.init.zeros_(self.out.weight)
+        torch.nn.init.zeros_(self.out.bias)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the compressor is."""
+        return self.queries_KD.device
+
+    def forward(self, embedded_ISD: torch.Tensor, lengths_I: torch.Tensor) -> torch.Tensor:
+        """Item readings, embedded by the frozen model -> vectors_IKD in the space of its embeddings."""
+        filling_IS = torch.arange(embedded_ISD.shape[1], device=embedded_ISD.device)[None] >= lengths_I[:, None]
+        states_ISD = self.layer(embedded_ISD / self.scale + self.places_SD[: embedded_ISD.shape[1]], src_key_padding_mask=filling_IS)
+        queries_IKD = self.queries_KD.expand(len(lengths_I), -1, -1)
+        pooled_IKD = self.attend(queries_IKD, states_ISD, states_ISD, key_padding_mask=filling_IS, need_weights=False)[0]
+        mean_ID = embedded_ISD.masked_fill(filling_IS[..., None], 0.0).sum(1) / lengths_I[:, None]
+        return mean_ID[:, None] + self.scale * self.out(pooled_IKD)
+
+
+def item_vectors(compressor: Compressor, model: Any, items: Items, numbers: torch.Tensor) -> torch.Tensor:
+    """vectors_IKD of some items."""
+    embedded_ISD = model.get_input_embeddings()(items.readings_IS[numbers].to(compressor.device))
+    return compressor(embedded_ISD, items.lengths_I[numbers].to(compressor.device)).float()
+
+
+def answer_logprobs(model: Any, compressor: Compressor | None, items: Items, batch: Sequence[Text], *, short: bool) -> torch.Tensor:
+    """logp_RV: the frozen model's distributions along the answers, reading full prompts, or short ones with the items' vectors.
+
+    Without a compressor the items of short prompts are left out.
+    """
+    table_VD = model.get_input_embeddings().weight
+    k = compressor.k if compressor is not None else 0
+    numbers = sorted({-n - 1 for text in batch for n in text.short if n < 0}) if short else []
+    local = {number: place for place, number in enumerate(numbers)}
+    if k and numbers:
+        vectors_ND = item_vectors(compressor, model, items, torch.tensor(numbers)).reshape(-1, table_VD.shape[1])  # type: ignore[arg-type]
+        table_VD = torch.cat([table_VD, vectors_ND])
+    first = model.get_input_embeddings().weight.shape[0]
+    rows = []
+    for text in batch:
+        row: list[int] = []
+        for n in text.short if short else text.ids:
+            row += [n] if n >= 0 else range(first + local[-n - 1] * k, first + (local[-n - 1] + 1) * k)
+        rows.append(row)
+    ids_BT, lengths_B = right_padded(rows, 0)
+    hidden_BTD = hidden_states(model, inputs_embeds=table_VD[ids_BT.to(table_VD.device)], use_cache=False).last_hidden_state
+    parts = [hidden_BTD[b, int(lengths_B[b]) - text.learned - 1 : int(lengths_B[b]) - 1] for b, text in enumerate(batch)]
+    return torch.log_softmax(model.get_output_embeddings()(torch.cat(parts)).float(), dim=-1)
+
+
+def keeps_behaviour(model: Any, items: Items, accumulation: int) -> Any:
+    """The loss: mean KL(full prompt || vectors) over the answers' tokens; one of `accumulation` shares of a step."""
+
+    def loss_fn(compressor: Compressor, batch: Sequence[Text]) -> tuple[torch.Tensor, dict[str, float | torch.Tensor]]:
+        with torch.no_grad():
+            full_RV = answer_logprobs(model, None, items, batch, short=False)
+        short_RV = answer_logprobs(model, compressor, items, batch, short=True)
+        return kl(full_RV, short_RV).mean() / accumulation, {}
+
+    return loss_fn
+
+
+def kl(full_RV: torch.Tensor, short_RV: torch.Tensor) -> torch.Tensor:
+    """KL(full || short) of each token, (R,)."""
+    return (full_RV.exp() * (full_RV - short_RV)).sum(-1)
+
+
+# -- what it is worth -------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def measure(
+    model: Any, compressor: Compressor | None, tokenizer: Any, items: Items, held_out: Sequence[Text], batch: int = 16
+) -> dict[str, float]:
+    """On held-out prompts, against the full ones: KL, agreement on the first label and on the order, N@3 of both, tokens saved."""
+    kls, same, taus, tokens = [], [], [], {True: 0, False: 0}
+    ranks: dict[bool, list[int]] = {True: [], False: []}
+    k = compressor.k if compressor is not None else 0
+    for start in range(0, len(held_out), batch):
+        part = held_out[start : start + batch]
+        with autocast(model):
+            full_RV, short_RV = (answer_logprobs(model, compressor, items, part, short=short) for short in (False, True))
+        kls += kl(full_RV, short_RV).tolist()
+        at = 0
+        for text in part:
+            orders = [order_at(tokenizer, logp_RV[at], text.task.incoming) for logp_RV in (full_RV, short_RV)]
+            same.append(orders[0][0] == orders[1][0])
+            taus.append(kendall_tau(*orders))
+            target = text.task.incoming[int(np.argmax(text.task.grades))]
+            ranks[False].append(orders[0].index(target) + 1)
+            ranks[True].append(orders[1].index(target) + 1)
+            tokens[False] += len(text.ids) - text.learned
+            tokens[True] += sum(1 if n >= 0 else k for n in text.short) - text.learned
+            at += text.learned
+    return {
+        "kl": float(np.mean(kls)),
+        "same_first": float(np.mean(same)),
+        "tau": float(np.mean(taus)),
+        "ndcg3_full": float(ndcg_at(ranks[False], 3).mean()),
+        "ndcg3": float(ndcg_at(ranks[True], 3).mean()),
+        "tokens_full": tokens[False] / len(held_out),
+        "tokens": tokens[True] / len(held_out),
+        "saved": 1 - tokens[True] / tokens[False],
+    }
+
+
+def order_at(tokenizer: Any, logp_V: torch.Tensor, labels: Sequence[str]) -> list[str]:
+    """The labels by descending log-probability."""
+    values = logp_V[torch.tensor(label_ids(tokenizer, labels))].tolist()
+    return [label for _, label in sorted(zip(values, labels, strict=True), key=lambda pair: (-pair[0], pair[1]))]
+
+
+@torch.inference_mode()
+def write(folder: Path, compressor: Compressor, model: Any, items: Items, settings: Latents, base: str, batch: int = 512) -> None:
+    """The compressor, its settings, and every item's vectors."""
+    from safetensors.torch import save_file
+
+    save_file({name: tensor.contiguous() for name, tensor in compressor.state_dict().items()}, folder / "compressor.safetensors")
+    said = {"vectors": compressor.k, "text_tokens": settings.text_tokens, "scale": compressor.scale, "base": base}
+    (folder / "compressor.json").write_text(json.dumps(said, indent=1))
+    with pa.OSFile(str(folder / "vectors.arrow"), "wb") as sink, pa.ipc.new_file(sink, VECTORS) as writer:
+        for start in range(0, len(items.ids), batch):
+            numbers = torch.arange(start, min(start + batch, len(items.ids)))
+            flat = item_vectors(compressor, model, items, numbers).flatten(1).cpu().tolist()
+            chosen = slice(start, start + batch)
+            columns = [items.ids[chosen], flat, [compressor.k] * len(flat), items.replaced[chosen]]
+            writer.write_table(pa.Table.from_arrays([pa.array(c, f.type) for c, f in zip(columns, VECTORS, strict=True)], schema=VECTORS))
