@@ -24,8 +24,18 @@ def rows(tokenizer, count: int) -> list[dict]:
         shown, _ = tiny.view(number, candidates=3 if number % 4 else 2)
         order = sorted(shown.labels)
         prompt = tiny.prompt_of(tokenizer, shown, "direct") + EMPTY_THOUGHT + ANSWER_OPEN
-        made.append({"example_id": f"r{number}#0", "request_id": f"r{number}", "source_model": "rl@x", "source_mode": "think",
-                     "prompt": prompt, "order": order, "label_logprobs": [-0.5 - 1.5 * place for place in range(len(order))], "ordinal": number})  # fmt: skip
+        made.append(
+            {
+                "example_id": f"r{number}#0",
+                "request_id": f"r{number}",
+                "source_model": "rl@x",
+                "source_mode": "think",
+                "prompt": prompt,
+                "order": order,
+                "label_logprobs": [-0.5 - 1.5 * place for place in range(len(order))],
+                "ordinal": number,
+            }
+        )
     return made
 
 
