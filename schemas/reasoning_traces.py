@@ -10,7 +10,7 @@ TABLE = Table(
     mode="insert",
     laws={"accepted_has_order": "verdict != 'accepted' OR answer IS NOT NULL"},
     columns=(
-        Column("sample_id", STRING, "hash of request, teacher, mode, attempt and prompt"),
+        Column("sample_id", STRING, "hash of request, teacher, mode, attempt and prompt; of the error too where the engine failed"),
         Column("request_id", STRING, "request"),
         Column("teacher", STRING, "evidence:<version> (a program), or engine and model"),
         Column(

@@ -115,6 +115,12 @@ def fit(raw_RNC: Floats, there_RN: NDArray[np.bool_], grades_RN: Floats, folds_R
 
     `grades_RN`: relevance; lists with several relevant items share their weight. Raises EngineError where a fold has nothing to learn from.
     """
+    holds_R = (np.where(there_RN, grades_RN, 0.0) > 0).any(axis=1)
+    raw_RNC, there_RN, grades_RN, folds_R = raw_RNC[holds_R], there_RN[holds_R], grades_RN[holds_R], folds_R[holds_R]
+    if not all((folds_R != fold).any() for fold in range(FOLDS)):
+        raise EngineError(
+            "the evidence teacher has no list with a target to learn from: it needs requests of split rerank of several users"
+        )
     features_RNF, _ = design(raw_RNC, there_RN)
     seen_XF = features_RNF[there_RN]
     center_F, scale_F = seen_XF.mean(axis=0), seen_XF.std(axis=0)
@@ -124,11 +130,7 @@ def fit(raw_RNC: Floats, there_RN: NDArray[np.bool_], grades_RN: Floats, folds_R
     share_RN = relevant_RN / np.maximum(relevant_RN.sum(axis=1, keepdims=True), 1e-12)
     rows = []
     for fold in range(FOLDS):
-        taught = (folds_R != fold) & (relevant_RN.sum(axis=1) > 0)
-        if not taught.any():
-            raise EngineError(
-                "the evidence teacher has no list with a target to learn from: it needs requests of split rerank of several users"
-            )
+        taught = folds_R != fold
         rows.append(_conditional_logit(standard_RNF[taught], there_RN[taught], share_RN[taught], ridge))
     return Program(np.stack(rows), center_F, scale_F)
 

@@ -6,14 +6,19 @@ An engine job takes a worker's whole machine: `scoring.workers` partitions, by d
 is ended after a minute). A spec holds no secret and no open thing, so it travels to a worker as it is.
 """
 
+import contextlib
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import pyarrow as pa
+from py4j.protocol import Py4JError
+from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame
 from pyspark.sql.pandas.types import from_arrow_schema
 
+from gr2 import errors
 from gr2.config import Config
 from gr2.context import Context
 from gr2.errors import EngineError, ModelError
@@ -94,6 +99,19 @@ def on_workers(
     workers = ctx.cfg.scoring.workers
     frame = frame.coalesce(1) if workers == 1 else frame.repartition(workers)
     return frame.mapInArrow(run, from_arrow_schema(schema))
+
+
+@contextlib.contextmanager
+def worker_errors() -> Iterator[None]:
+    """Raises a GR2Error of a worker as itself, not as the Spark failure that it comes wrapped in."""
+    try:
+        yield
+    except (PySparkException, Py4JError) as error:
+        found = re.search(r"gr2\.errors\.(\w+): (.+)", str(error))
+        kind = getattr(errors, found[1], None) if found else None
+        if found is None or not (isinstance(kind, type) and issubclass(kind, errors.GR2Error)):
+            raise
+        raise kind(found[2].strip()) from None
 
 
 def portable(cfg: Config, ctx: Context) -> Config:

@@ -27,12 +27,12 @@ from gr2 import artifacts
 from gr2.answers import parse
 from gr2.config import Config
 from gr2.context import Context, Result
-from gr2.errors import ConfigError, MissingInputError
+from gr2.errors import ConfigError, EngineError, MissingInputError
 from gr2.prompts import Template, View, prompt_hash, render
 from scoring.engine import Answer, Ask, Engine, seed_of
 from scoring.evidence_engine import NAME, columns_of, fit, fold_of
 from scoring.model import encode_all, load_tokenizer, prompt_text
-from spark_jobs.engine_pool import Spec, engine_for, on_workers, portable
+from spark_jobs.engine_pool import Spec, engine_for, on_workers, portable, worker_errors
 from spark_jobs.prompting import Requests, sample, template_of
 from spark_jobs.publish import publish
 from validation.leaks import leak_of
@@ -56,13 +56,16 @@ def run(cfg: Config, ctx: Context) -> Result:
         for chunk in sampler.chunks(Context(remote), [row["request_id"] for row in rows]):
             yield from pa.Table.from_pylist(chunk, schema=SCHEMA).to_batches()
 
-    added = publish(ctx, "reasoning_traces", on_workers(ctx, keys, job, SCHEMA))
+    with worker_errors():
+        added = publish(ctx, "reasoning_traces", on_workers(ctx, keys, job, SCHEMA))
     drawn = ctx.lake.read("reasoning_traces", order_by=["sample_id"], teacher=spec.name)
     listed = ctx.lake.read("candidates", ["request_id", "candidate_ids"], order_by=["request_id"], split="rerank")
     sizes = dict(zip(listed["request_id"].to_pylist(), map(len, listed["candidate_ids"].to_pylist()), strict=True))
     found = findings(drawn.to_pylist(), sizes, cfg.traces.accept_rank)
     (ctx.work("audits") / "reasoning_traces.json").write_text(json.dumps(found, indent=1))
     verdicts = _counts(drawn["verdict"].to_pylist())
+    if set(verdicts) == {"failed"}:
+        raise EngineError(f"{spec.name} failed on every request, such as: {drawn['reason'][0]}")
     ctx.log(f"reasoning_traces by {spec.name}: {drawn.num_rows} samples of {len(ids)} requests: {verdicts}")
     tokens = sum(drawn["prompt_tokens"].to_pylist()) + sum(drawn["completion_tokens"].to_pylist())
     return Result(rows_in=len(ids), rows_out=added, tokens=tokens, detail={"teacher": spec.name, **verdicts})
@@ -203,8 +206,11 @@ class Sampler:
         verdict, reason, order = judge(answer, view, case.row["grades"], self.cfg.traces.accept_rank)
         grades = dict(zip(case.row["candidate_ids"], case.row["grades"], strict=True))
         prompt = hash_of(ask.messages, self.template)
+        identity = [ask.key, self.teacher, mode, str(attempt), prompt]
+        if verdict == "failed":
+            identity.append(reason)  # so that a later run, with the engine well again, can add the sample
         return {
-            "sample_id": hashlib.sha256("\0".join([ask.key, self.teacher, mode, str(attempt), prompt]).encode()).hexdigest()[:24],
+            "sample_id": hashlib.sha256("\0".join(identity).encode()).hexdigest()[:24],
             "request_id": ask.key,
             "teacher": self.teacher,
             "mode": mode,

@@ -29,7 +29,7 @@ def _acceptance(mode: str, rows: Sequence[Row], sizes: Mapping[str, int], accept
     """By request: ever accepted; at the first attempt, beside the incoming order; by incoming rank (the selection bias); and by chance."""
     attempts: dict[str, list[Row]] = defaultdict(list)
     for row in sorted(rows, key=lambda r: (r["request_id"], r["attempt"])):
-        if row["incoming_rank"] is not None:
+        if row["incoming_rank"] is not None and row["verdict"] != "failed":
             attempts[row["request_id"]].append(row)
     ever = {request: any(r["verdict"] == "accepted" for r in drawn) for request, drawn in attempts.items()}
     first = [drawn[0]["verdict"] == "accepted" for drawn in attempts.values()]

@@ -13,7 +13,7 @@ import schemas
 from gr2.answers import parse
 from gr2.config import Config
 from gr2.context import Context
-from gr2.errors import ConfigError, MissingInputError
+from gr2.errors import ConfigError, EngineError, MissingInputError
 from gr2.prompts import format_answer, format_thought
 from scoring.engine import Answer
 from spark_jobs import reasoning_traces, sft_examples
@@ -110,7 +110,7 @@ class Service(BaseHTTPRequestHandler):
         choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
         reply = {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "usage": usage, "choices": [choice]}
         data = json.dumps(reply).encode()
-        self.send_response(500 if kind == 3 else 200)
+        self.send_response(401 if self.path.startswith("/closed") else 500 if kind == 3 else 200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
@@ -153,6 +153,17 @@ def test_a_service_as_teacher_keeps_its_failures_as_rows(make_ctx, service, monk
     assert "sk-not-for-tables" not in json.dumps(rows)
     assert any(r["verdict"] == "accepted" for r in rows)
     assert sft_examples.run(ctx.cfg, ctx).rows_out > 0, "its traces become examples like a program's"
+
+
+def test_a_service_that_refuses_everybody_ends_the_stage_and_publishes_nothing(make_ctx, service):
+    settings = [f"traces.url={service.replace('/v1', '/closed')}", "traces.model=m", "traces.teacher=openai", "traces.retries=0"]
+    ctx = settle(make_ctx([*settings, "traces.max_requests=2"]))
+    with pytest.raises(EngineError, match="GR2_TEACHER_KEY"):
+        reasoning_traces.run(ctx.cfg, ctx)
+    assert not ctx.lake.exists("reasoning_traces")
+    silent = make_ctx(["traces.url=http://127.0.0.1:1/v1", *settings[1:], "traces.max_requests=2"])
+    with pytest.raises(EngineError, match="failed on every request"):
+        reasoning_traces.run(silent.cfg, silent)
 
 
 def test_the_teachers_name_follows_what_decides_its_draws(make_ctx):
