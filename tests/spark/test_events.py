@@ -96,7 +96,7 @@ def test_ingestion_adds_up_and_a_rerun_adds_nothing(make_ctx):
 
 
 def test_days_one_by_one_in_any_order_equal_all_at_once(make_ctx, tmp_path):
-    small = ["simulator.users=40", "simulator.items=40", "simulator.days=3", "simulator.malformed_share=0.02", "simulator.late_share=0.1"]
+    small = ["simulator.users=40", "simulator.items=40", "simulator.days=2", "simulator.malformed_share=0.02", "simulator.late_share=0.1"]
     small += ["data.max_quarantine_share=0.5"]
     whole = make_ctx(small)
     result = events.run(whole.cfg, whole)
@@ -104,7 +104,7 @@ def test_days_one_by_one_in_any_order_equal_all_at_once(make_ctx, tmp_path):
     assert result.rows_out > 300
     assert (whole.root / "truth" / f"day={DAY}.jsonl.gz").exists()
     apart = make_ctx([*small, f"paths.root={tmp_path / 'apart'}"])
-    for number in (2, 1, 3, 2):
+    for number in (2, 1, 2):
         one = Context(apart.cfg, dt.date(2026, 1, number))
         events.run(one.cfg, one)
     for table in ("events", "quarantine"):
