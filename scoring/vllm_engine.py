@@ -49,6 +49,7 @@ class VLLMEngine:
                 max_model_len=max_len,
                 enforce_eager=True,
                 enable_prefix_caching=True,
+                enable_chunked_prefill=False,  # a prompt read in parts rewinds its seeded generator, which the CPU's cannot
                 trust_remote_code=False,
                 load_format="safetensors",
                 generation_config=NEUTRAL,
@@ -93,7 +94,7 @@ class VLLMEngine:
         ids = encode_all(self._tokenizer, list(prompts))
         fine = [i for i in range(len(ids)) if not self._problem(ids[i], 1)]
         result_BY = np.full((len(prompts), len(labels)), np.nan, dtype=np.float32)
-        params = SamplingParams(max_tokens=1, temperature=1.0, seed=0, logprob_token_ids=wanted, detokenize=False)
+        params = SamplingParams(max_tokens=1, temperature=1.0, logprob_token_ids=wanted, detokenize=False)  # the sampled token is not used
         for place, output in zip(fine, self._run([ids[i] for i in fine], params), strict=True):
             found = output.outputs[0].logprobs[0]
             result_BY[place] = [found[token].logprob for token in wanted]
