@@ -25,6 +25,7 @@ from gr2.errors import EngineError, ModelError
 from gr2.prompts import Template
 from scoring.engine import Engine
 from scoring.evidence_engine import EvidenceEngine, Program
+from spark_jobs.session import frame_of
 
 _OPEN: dict[str, Engine] = {}  # of this process
 
@@ -95,7 +96,7 @@ def on_workers(
         if rows:
             yield from job(rows)
 
-    frame = ctx.spark.createDataFrame(keys)
+    frame = frame_of(ctx, keys)
     workers = ctx.cfg.scoring.workers
     frame = frame.coalesce(1) if workers == 1 else frame.repartition(workers)
     return frame.mapInArrow(run, from_arrow_schema(schema))
