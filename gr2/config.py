@@ -209,7 +209,7 @@ class Traces(Section):
     accept_rank: Positive = 1
     max_attempts: Positive = 8
     accepted_per_request: Positive = 1  # rejection goes on, under other shuffles, until so many are accepted
-    temperature: float = Field(0.7, ge=0)
+    temperature: float = Field(0.4, ge=0)  # of the evidence program; language models want about 0.7
     max_tokens: Positive = 128  # thought and answer; language models that reason at length need more
     max_requests: int = Field(0, ge=0)  # seeded sample of those whose target is in the list; 0: all
     no_target_requests: int = Field(100, ge=0)  # seeded sample of those whose target is not

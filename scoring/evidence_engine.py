@@ -24,7 +24,7 @@ from scoring.engine import Answer, Ask, failed, seed_of
 Floats = NDArray[np.float64]
 NAME = "evidence:1"
 FOLDS = 2
-RIDGE = 20.0  # of the standardised weights, against the sum over lists
+RIDGE = 100.0  # of the standardised weights, against the sum over lists
 BOOST = 8.0  # of the target's score in the targeted mode: it nearly always comes first
 PLACES = 20  # incoming places with a weight of their own
 # How prompts call the evidence in each column. Counts are heavy-tailed: they enter in logs.

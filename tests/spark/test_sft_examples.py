@@ -15,12 +15,13 @@ from spark_jobs.prompting import Requests, render_texts
 from spark_jobs.sft_examples import taught
 
 pytestmark = pytest.mark.spark
+SHARES = ["sft.modes.think=0.6", "sft.modes.direct=0.4"]
 
 
 @pytest.fixture
 def traced(make_ctx):
     """A world with traces of both modes."""
-    ctx = settle(make_ctx(["traces.accepted_per_request=2", "traces.max_requests=40", "traces.no_target_requests=3"]))
+    ctx = settle(make_ctx([*SHARES, "traces.accepted_per_request=2", "traces.max_requests=40", "traces.no_target_requests=3"]))
     reasoning_traces.run(ctx.cfg, ctx)
     return ctx
 
@@ -87,4 +88,4 @@ def test_shares(make_ctx):
     assert len(think) == pytest.approx(600, abs=80)
     assert len(direct) == pytest.approx(1000, abs=90)
     assert not think & direct
-    assert not any(taught(i, "direct", make_ctx(["sft.modes.direct=0.0"]).cfg) for i in ids[:50])
+    assert not any(taught(i, "direct", make_ctx(["sft.modes.think=1", "sft.modes.direct=0.0"]).cfg) for i in ids[:50])
