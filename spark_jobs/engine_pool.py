@@ -26,7 +26,6 @@ from gr2.prompts import Template
 from scoring.engine import Engine
 from scoring.evidence_engine import EvidenceEngine, Program
 from spark_jobs.session import frame_of
-from spark_jobs.session import frame_of
 
 _OPEN: dict[str, Engine] = {}  # of this process
 
