@@ -37,6 +37,8 @@ from training.losses import opd_advantages
 from training.policy import Ratios, add_logprobs, policy_loss, trees
 from training.rollouts import Deck, Rollout, Task
 
+PATIENCE = 3  # steps in a row without anything to learn from, after which a training ends
+
 
 def run(cfg: Config, ctx: Context) -> Result:
     """Trains both sizes. Raises MissingInputError, InputError (no prompts), ConfigError (several processes), EngineError."""
@@ -143,7 +145,7 @@ class Policy:
     def train(self, deck: Deck, held_out: Sequence[Task]) -> None:
         """All steps; leaves the best weights in the model."""
         self.curve.write_text("")
-        best = self._validated(0, held_out, {})
+        best, idle = self._validated(0, held_out, {}), 0
         for step in self.ctx.track(range(1, self.steps + 1), self.run_id, self.steps):
             found, seconds = self._rollouts(step, deck)
             line = {"step": step, **samples.figures(found, self.limit), "sampling_seconds": seconds, **self._update(step, found)}
@@ -152,6 +154,12 @@ class Policy:
                 best = self._validated(step, held_out, best)
                 line |= {f"valid_{name}": value for name, value in self.valid[step].items()}
             self._log(line)
+            idle = idle + 1 if line["dropped"] >= 1.0 else 0
+            if idle >= PATIENCE:
+                self.ctx.log(
+                    f"{self.run_id}: stopped: no group of the last {idle} steps had variance; look at what {self.plan.start.id} writes"
+                )
+                break
         self.engine.close()
         self.sampler.close()  # last: vLLM ends the process group that both are in
         self.model.load_state_dict(best, strict=False)  # a tied head is stored once

@@ -6,11 +6,9 @@ from collections import Counter
 
 import pytest
 
-from gr2 import artifacts
-from gr2.prompts import load_template, vocabulary_texts
-from scoring.model import build_vocabulary
+from gr2.prompts import load_template
 from spark_jobs import rl_prompts
-from tests.spark import rerank_world as world
+from tests.spark import prompt_world
 
 pytestmark = pytest.mark.spark
 PLACES = load_template().evidence["prior"].words
@@ -20,21 +18,7 @@ PLACES = load_template().evidence["prior"].words
 def requests(make_ctx):
     """A world with requests, semantic IDs and a vocabulary; (ctx, requests by id)."""
     ctx = make_ctx(["rl.replicas=2", "rl.validate_requests=20", "prompt.max_prompt_tokens=1000", "rl.redraw_share=0.5"])
-    requests = world.learnable(ctx)
-    with artifacts.publish_folder(ctx.root, "tokenizer", {}) as folder:
-        (folder / "config.json").write_text("{}")
-    version = ctx.model("tokenizer", "tokenizer").id
-    world.put(ctx, "semantic_ids", [world_sid(version, i) for i in range(24)])
-    with artifacts.publish_folder(ctx.root, "midtrain", {}) as folder:
-        build_vocabulary(vocabulary_texts(load_template()), 500, [f"<{level}_{c}>" for level in "ab" for c in range(12)], folder)
-    return ctx, requests
-
-
-def world_sid(version: str, item: int) -> dict:
-    codes = [item // 12, item % 12]
-    text = f"<a_{codes[0]}><b_{codes[1]}>"
-    return {"tokenizer": version, "item_id": f"i{item}", "codes": codes, "token_text": text, "learned_codes": codes, "separated": False,
-            "residual": 0.1, "added_on": world.DAY}  # fmt: skip
+    return ctx, prompt_world.build(ctx)
 
 
 def read(ctx) -> list[dict]:
@@ -61,7 +45,7 @@ def test_prompts_of_relevant_requests_with_a_drawn_prior_that_the_text_follows(r
         original = asked[row["request_id"]]
         assert sum(row["grades"]) == 1
         assert row["redrawn"] or place == original["target_rank"]
-        codes = world_sid("", int(original["target_id"][1:]))["token_text"]
+        codes = prompt_world.sid(int(original["target_id"][1:]))
         assert re.search(rf"^{re.escape(codes)} .*@{target}$", row["prompt"], re.M), "the label names the target itself"
         assert set(row["evidence"]) >= {*row["incoming"], f"{target}:{PLACES[place - 1]}"}
 

@@ -1,0 +1,37 @@
+"""The world of `rerank_world` with semantic IDs and tiny models of one vocabulary, for the stages that render prompts."""
+
+from typing import Any
+
+from gr2 import artifacts
+from gr2.config import Model
+from gr2.context import Context
+from gr2.prompts import load_template, vocabulary_texts
+from gr2.sids import sid_tokens, to_text
+from scoring.model import build_model, build_vocabulary, save
+from tests.spark import rerank_world
+
+SIZE = Model(hidden=64, layers=2, heads=2, kv_heads=2, mlp=96, dropout=0.0)  # heads of 32: the least that vLLM serves on a CPU
+
+
+def sid(item: int) -> str:
+    """Two levels of twelve codes."""
+    return to_text((item // 12, item % 12))
+
+
+def build(ctx: Context, *models: str) -> dict[str, dict[str, Any]]:
+    """Publishes requests, codes and a model under each name (`midtrain` always); returns the requests by id."""
+    requests = rerank_world.learnable(ctx)
+    with artifacts.publish_folder(ctx.root, "tokenizer", {}) as folder:
+        (folder / "config.json").write_text("{}")
+    version = ctx.model("tokenizer", "tokenizer").id
+    rows = []
+    for item in range(24):
+        codes = [item // 12, item % 12]
+        row = {"tokenizer": version, "item_id": f"i{item}", "codes": codes, "token_text": sid(item), "learned_codes": codes}
+        rows.append({**row, "separated": False, "residual": 0.1, "added_on": rerank_world.DAY})
+    rerank_world.put(ctx, "semantic_ids", rows)
+    tokenizer = build_vocabulary(vocabulary_texts(load_template()), 500, sid_tokens(2, 12), ctx.work("vocabulary"))
+    for seed, name in enumerate(("midtrain", *models)):
+        with artifacts.publish_folder(ctx.root, name, {}) as folder:
+            save(build_model(SIZE, tokenizer, None, seed), tokenizer, folder)
+    return requests
