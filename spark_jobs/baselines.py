@@ -128,8 +128,14 @@ def fit_lambdamart(train: pa.Table, valid: pa.Table, seed: int) -> tuple[Any, di
     assert best is not None
     value, booster, choice = best
     gain = booster.feature_importance("gain")
-    shares = {name: round(float(g / max(gain.sum(), 1e-12)), 4) for name, g in zip(FEATURES, gain, strict=True)}
-    picked = {**choice, "rounds": booster.best_iteration, f"valid_ndcg@{PICK_AT}": round(float(value), 6), "requests": len(groups(train)) - 1}
+    total = max(gain.sum(), 1e-12)
+    shares = {name: round(float(g / total), 4) for name, g in zip(FEATURES, gain, strict=True)}
+    picked = {
+        **choice,
+        "rounds": booster.best_iteration,
+        f"valid_ndcg@{PICK_AT}": round(float(value), 6),
+        "requests": len(groups(train)) - 1,
+    }
     return booster, {**picked, "gain": dict(sorted(shares.items(), key=lambda kv: -kv[1]))}
 
 

@@ -46,7 +46,7 @@ def test_a_failure_while_writing_publishes_nothing(tmp_path):
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "weights.pt", "vocab.pkl", "modeling.py"])
 def test_file_types_that_can_run_code_are_refused(tmp_path, name):
-    with pytest.raises(ModelError, match=name), publish_folder(tmp_path, "m", {}) as folder:  # noqa: PT012
+    with pytest.raises(ModelError, match=name), publish_folder(tmp_path, "m", {}) as folder:
         (folder / name).write_bytes(b"x")
     with pytest.raises(MissingInputError):
         resolve(tmp_path, "m", "midtrain")

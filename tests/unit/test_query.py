@@ -28,9 +28,13 @@ def stats(*items: str) -> list[dict]:
 
 def release(version: int) -> dict:
     return {
-        "release_id": "r", "status": "promoted", "profile": "demo", "run_id": "x", "pins": json.dumps({"tables": {"item_stats": version}}), "code": "c",
-        "config_hash": "h", "lock_hash": "l", "seed": 1, "promoted_at": dt.datetime(2026, 1, 1, tzinfo=dt.UTC),
-    }  # fmt: skip
+        **dict.fromkeys(("profile", "run_id", "code", "config_hash", "lock_hash"), "x"),
+        "release_id": "r",
+        "status": "promoted",
+        "pins": json.dumps({"tables": {"item_stats": version}}),
+        "seed": 1,
+        "promoted_at": dt.datetime(2026, 1, 1, tzinfo=dt.UTC),
+    }
 
 
 def test_a_query_reads_the_promoted_release_and_latest_the_newest(ctx):
