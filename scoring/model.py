@@ -147,7 +147,7 @@ def build_model(settings: Model, tokenizer: Any, sid_vectors: NDArray[np.floatin
         known = model.get_input_embeddings().weight.shape[0]
         if len(tokenizer) > known:
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-            for table_VD in _tables(model):
+            for table_VD in token_tables(model):
                 table_VD[known:] = table_VD[:known].mean(dim=0)
     else:
         model = _from_scratch(settings, tokenizer, seed)
@@ -182,7 +182,7 @@ def _from_scratch(settings: Model, tokenizer: Any, seed: int) -> Any:
         return Qwen3ForCausalLM(config)
 
 
-def _tables(model: Any) -> list[torch.Tensor]:
+def token_tables(model: Any) -> list[torch.Tensor]:
     """Rows of the input embeddings, and of the head where it is not tied to them, without gradient."""
     tables = [model.get_input_embeddings().weight.data]
     head = model.get_output_embeddings().weight.data
@@ -195,7 +195,7 @@ def _place_sids(model: Any, tokenizer: Any, vectors: NDArray[np.float32], seed: 
     vectors_SD = torch.from_numpy(vectors.reshape(-1, vectors.shape[-1]))
     if len(vectors_SD) != len(ids):
         raise ModelError(f"{len(vectors_SD)} codebook vectors for {len(ids)} semantic-ID tokens")
-    for table_VD in _tables(model):
+    for table_VD in token_tables(model):
         generator = torch.Generator().manual_seed(seed)
         others_VD = table_VD[: int(ids.min())] if int(ids.min()) else table_VD
         rows_SD = vectors_SD @ torch.randn(vectors_SD.shape[1], table_VD.shape[1], generator=generator)

@@ -131,6 +131,11 @@ class Mix:
         generator = np.random.default_rng([self.seed, epoch])
         return pack([self._example(generator, *part) for part in self.parts], self.row_tokens, self.seed + epoch, drop_long=True)
 
+    def unread(self, size: int) -> list[int]:
+        """Tokens of the vocabulary that no text holds: their rows are not worth keeping (`training.sft.wake`)."""
+        read = np.unique(np.concatenate([[self.bos, self.eos], *(ids for _, *both in self.parts for ids in both)]).astype(np.int64))
+        return [int(i) for i in np.setdiff1d(np.arange(size), read)]
+
     def _example(self, generator: np.random.Generator, history: bool, prompt: NDArray[np.int64], completion: NDArray[np.int64]) -> Example:
         if not history:
             return Example([self.bos, *prompt.tolist()], [([*completion.tolist(), self.eos], 1.0)])
@@ -247,6 +252,7 @@ def _fit(
             label=name,
         )
         manifest |= {"steps": summary.steps, "tokens": summary.tokens, "loss": round(summary.last_loss, 4)}
+        manifest |= {"unread": mix.unread(len(tokenizer))} if cfg.models.student.base is None else {}
         if rank() == 0:
             save(model, tokenizer, folder)
     rate = summary.tokens / max(summary.seconds, 1e-9)

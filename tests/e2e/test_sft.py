@@ -4,9 +4,10 @@ import json
 
 import pyarrow as pa
 import pytest
+import torch
 
 from gr2.errors import InputError, MissingInputError
-from scoring.model import encode, load
+from scoring.model import encode, label_ids, load
 from tests.e2e import tiny
 from training import sft
 from training.data import pack, to_batch
@@ -44,6 +45,23 @@ def test_the_loss_weighs_thought_and_answer_and_reads_the_prompt(ctx):
     assert sft.supervised(model, batch)[0].item() == pytest.approx(expected.item(), rel=1e-5)
     last = batch.input_ids_BT[batch.weights_BT == 2.0][-1]
     assert last == tokenizer.eos_token_id
+
+
+def test_rows_that_midtraining_never_read_are_told_apart_again(ctx):
+    tokenizer = tiny.model_named(ctx, "midtrain")
+    model, _ = load(ctx.model("midtrain", "midtrain").path)
+    table, unread = model.get_input_embeddings().weight, label_ids(tokenizer)
+    before = table.detach().clone()
+    with torch.no_grad():
+        table[unread] = table[unread].mean(dim=0) + 0.01 * table[unread]  # what a softmax does to tokens that never come
+    sft.wake(model, unread, seed=3)
+    rows = torch.nn.functional.normalize(table[unread].detach(), dim=1)
+    assert ((rows @ rows.T) - torch.eye(len(unread))).abs().max() < 0.6
+    kept = [i for i in range(len(table)) if i not in unread]
+    assert torch.equal(table[kept], before[kept])
+    lengths = table.detach().norm(dim=1)
+    torch.testing.assert_close(lengths[unread], lengths[kept].median().expand(len(unread)), atol=1e-4, rtol=1e-4)
+    sft.wake(model, [], seed=3)
 
 
 def test_missing_and_empty_inputs_are_named(ctx):
