@@ -28,6 +28,7 @@ from training.loop import LossFn, Summary, planned_steps, rank, token_logprobs, 
 from training.losses import sft_loss
 
 STAGE = "sft"
+LENGTH = 2.0  # of a row drawn anew, relative to the median of the others
 
 
 def run(cfg: Config, ctx: Context) -> Result:
@@ -55,7 +56,7 @@ def run(cfg: Config, ctx: Context) -> Result:
 
 @torch.no_grad()
 def wake(model: Any, unread: Sequence[int], seed: int) -> None:
-    """Draws the rows of tokens that mid-training never read anew, as long as the others are.
+    """Draws the rows of tokens that mid-training never read anew, twice as long as the others are: so they were learned fastest.
 
     A softmax pushes all tokens that never come away from every state: after mid-training from scratch, labels and evidence words stand at a
     cosine of 0.96 to each other, and a small model takes very long to tell them apart. Models with a base have no such tokens.
@@ -63,7 +64,7 @@ def wake(model: Any, unread: Sequence[int], seed: int) -> None:
     for table_VD in token_tables(model) if len(unread) else ():
         rest_V = torch.ones(len(table_VD), dtype=torch.bool)
         rest_V[torch.tensor(unread)] = False
-        length = table_VD[rest_V].float().norm(dim=1).median()
+        length = LENGTH * table_VD[rest_V].float().norm(dim=1).median()
         drawn_UD = torch.randn(len(unread), table_VD.shape[1], generator=torch.Generator().manual_seed(seed))
         table_VD[torch.tensor(unread)] = (torch.nn.functional.normalize(drawn_UD, dim=1) * length).to(table_VD)
 
