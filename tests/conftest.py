@@ -1,5 +1,6 @@
 """Fixtures shared by all tiers: a context on a folder of its own, with one Spark session for the whole run."""
 
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -35,4 +36,5 @@ def _stop_spark() -> Iterator[None]:
     from pyspark.sql import SparkSession
 
     if session := SparkSession.getActiveSession():
+        logging.getLogger("py4j").setLevel(logging.ERROR)  # its farewell would go to a stream that pytest has closed
         session.stop()
