@@ -77,12 +77,6 @@ def _vllm(spec: Spec, cfg: Config) -> Engine:
     return VLLMEngine(spec.path, cfg.scoring, spec.name)
 
 
-def close_all() -> None:
-    """Closes what this process opened."""
-    while _OPEN:
-        _OPEN.popitem()[1].close()
-
-
 def on_workers(
     ctx: Context, keys: pa.Table, job: Callable[[list[dict[str, Any]]], Iterator[pa.RecordBatch]], schema: pa.Schema
 ) -> DataFrame:

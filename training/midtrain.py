@@ -29,8 +29,7 @@ from scoring.model import autocast, build_model, build_vocabulary, encode_all, g
 from training.codebooks import Codebooks
 from training.data import Batch, Example, Loader, Rows, pack, to_batch
 from training.loop import planned_steps, rank, token_logprobs, train, world
-from training.losses import sft_loss
-from training.sft import fingerprint, manifest_of, publishing
+from training.sft import fingerprint, manifest_of, publishing, supervised
 
 STAGE = "midtrain"
 EAGER = 256  # tokens of a row up to which plain attention beats the fused one on CPUs
@@ -206,11 +205,6 @@ def batch_of(rows: Rows, chosen: NDArray[np.integer] | slice, eager: bool) -> Ba
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
-def next_token(model: Any, batch: Batch) -> tuple[torch.Tensor, dict[str, float | torch.Tensor]]:
-    """The token loss of one micro-batch (its share of the step)."""
-    return sft_loss(token_logprobs(model, batch), batch.weights_BT * batch.learned_BT, batch.norm), {}
-
-
 def _fit(
     cfg: Config,
     ctx: Context,
@@ -240,7 +234,7 @@ def _fit(
         summary = train(
             model,
             loader,
-            next_token,
+            supervised,
             settings,
             folder=folder,
             total_steps=steps,
@@ -285,7 +279,7 @@ def _rate(model: Any, loader: Epochs, settings: Training) -> float:
         for number in range(WARM_UP):
             batch, started = next(stream), time.monotonic()
             with autocast(model, settings.precision == "bf16"):
-                next_token(model, batch)[0].backward()
+                supervised(model, batch)[0].backward()
             model.zero_grad(set_to_none=True)
             if number:  # the first one warms up
                 seconds, tokens = seconds + time.monotonic() - started, tokens + batch.tokens
