@@ -173,6 +173,7 @@ class Midtrain(Section):
     title_words: Positive = 8  # words of a title that a text task says
     history_items: Positive = 24  # longest window; a longer history is cut into windows that overlap by half
     item_dropout: Share = 0.1  # share of items left out of a history, drawn anew each epoch
+    item_weight: float = Field(0.25, ge=0)  # of the loss on whole items beside tokens; 0: none (catalogues that a softmax cannot hold)
     held_out: Positive = 512  # users whose items in the rerank split, which fit `train` does not hold, give the held-out loss
 
 
@@ -229,6 +230,7 @@ class SFT(Section):
     answer_weight: float = Field(1.0, gt=0)
     modes: dict[Literal["think", "direct"], Share] = {"think": 0.6, "direct": 0.4}  # share of traces taught so; 1 and 1: each in both
     traces: Literal["rejection", "targeted", "both"] = "rejection"
+    drills: int = Field(0, ge=0)  # made-up lists beside the traces (gr2.drills), for models without a base
 
 
 class RL(Section):

@@ -1,18 +1,18 @@
-"""Accepted traces as training texts."""
+"""Accepted traces as training texts, and drills."""
 
 from schemas.base import LONG, STRING, Column, Table
 
 TABLE = Table(
     name="sft_examples",
-    version="1.0",
+    version="1.1",
     grain="one training text",
     key=("example_id",),
     columns=(
         Column("example_id", STRING, "sample and mode"),
-        Column("sample_id", STRING, "accepted sample"),
-        Column("request_id", STRING, "request"),
+        Column("sample_id", STRING, "accepted sample; of a drill: its own name"),
+        Column("request_id", STRING, "request; of a drill: its own name, there is no request"),
         Column("mode", STRING, "think: with the thought; direct: with an empty one", values=("think", "direct")),
-        Column("source", STRING, "sampling mode of the trace", values=("targeted", "rejection")),
+        Column("source", STRING, "sampling mode of the trace, or a made-up list", values=("targeted", "rejection", "drill")),
         Column("prompt", STRING, "rendered prompt"),
         Column("reasoning", STRING, "thought, with its tags; weighs sft.reasoning_weight"),
         Column("answer", STRING, "JSON list of labels; weighs sft.answer_weight"),

@@ -145,6 +145,12 @@ def _values(column: pa.ChunkedArray) -> list[Any]:
     return column.to_pylist()
 
 
+def catalogue(ctx: Context) -> list[tuple[str, str]]:
+    """(semantic ID, text) of every item under the current tokenizer, in order of item."""
+    texts, sids = _catalogue(ctx)
+    return [(sids[item], texts[item]) for item in sorted(texts)]
+
+
 def _catalogue(ctx: Context) -> tuple[dict[str, str], dict[str, str]]:
     """Text and semantic ID of every item under the current tokenizer."""
     items = ctx.lake.read("items", ["item_id", "text"])

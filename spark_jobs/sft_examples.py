@@ -1,4 +1,4 @@
-"""Stage `sft_examples`: accepted traces as training texts (METHOD 7).
+"""Stage `sft_examples`: accepted traces as training texts, and drills beside them (METHOD 7).
 
 Reads    `reasoning_traces` (today's teacher), `candidates`, `candidate_features`, `items`, `semantic_ids` (split rerank); the vocabulary
          of `midtrain`.
@@ -6,7 +6,8 @@ Writes   `sft_examples`: one training text; key example_id = hash of sample and 
 Rerun    every choice is a hash of the sample's id, so equal traces give equal examples.
 
 An accepted trace becomes a `think` example, a `direct` one (same order, empty thought), or both: `sft.modes` are shares of the traces. A
-trace whose request shows another list today, or whose thought exceeds the student's budget, is left out and counted.
+trace whose request shows another list today, or whose thought exceeds the student's budget, is left out and counted. `sft.drills` made-up
+lists (`gr2.drills`) teach models from scratch to read; they name no request.
 
     gr2 stage sft_examples --profile demo
 """
@@ -22,11 +23,12 @@ import schemas
 from gr2.answers import parse
 from gr2.config import Config
 from gr2.context import Context, Result
+from gr2.drills import drill
 from gr2.errors import AuditError
 from gr2.prompts import EMPTY_THOUGHT, View, format_answer, format_thought, render
 from scoring.engine import seed_of
 from scoring.model import encode_all, load_tokenizer
-from spark_jobs.prompting import Requests, render_texts, template_of
+from spark_jobs.prompting import Requests, catalogue, render_texts, template_of
 from spark_jobs.publish import publish
 from spark_jobs.reasoning_traces import hash_of, most_relevant, teacher
 from spark_jobs.session import frame_of
@@ -48,10 +50,12 @@ def run(cfg: Config, ctx: Context) -> Result:
             f"no usable trace of {name} in mode {cfg.sft.traces}: {traces.num_rows} accepted, left out {dict(left_out)}; "
             "look at reasoning_traces, raise traces.max_attempts, or check traces.mode against sft.traces"
         )
+    rows += drills(ctx, cfg, tokenizer)
     table = pa.Table.from_pylist(rows, schema=schemas.get("sft_examples").arrow())
     count = publish(ctx, "sft_examples", frame_of(ctx, table))
-    detail = {**{f"left_out_{k}": v for k, v in left_out.items()}, **Counter(r["mode"] for r in rows)}
-    ctx.log(f"sft_examples: {count} of {traces.num_rows} accepted traces of {name}: {detail}")
+    taught_as = Counter("drill" if r["source"] == "drill" else r["mode"] for r in rows)
+    detail = {**{f"left_out_{k}": v for k, v in left_out.items()}, **taught_as}
+    ctx.log(f"sft_examples: {count} from {traces.num_rows} accepted traces of {name}: {detail}")
     return Result(rows_in=traces.num_rows, rows_out=count, detail=detail)
 
 
@@ -84,6 +88,34 @@ def examples(ctx: Context, cfg: Config, tokenizer: Any, traces: list[dict[str, A
                     "answer": format_answer(order),
                     "ordinal": seed_of("order", cfg.seed, example),
                 }
+
+
+def drills(ctx: Context, cfg: Config, tokenizer: Any) -> list[dict[str, Any]]:
+    """Made-up lists over today's catalogue; those whose thought exceeds the budget are left out."""
+    if not cfg.sft.drills:
+        return []
+    items, template = catalogue(ctx), template_of(cfg.prompt)
+    limits = {"history": cfg.prompt.history_items, "most": cfg.candidates.n}
+    made = [drill(items, template, seed_of("drill", cfg.seed, number), **limits) for number in range(cfg.sft.drills)]
+    prompts = render_texts(tokenizer, [view for view, _, _ in made], cfg, "think", filled=False)
+    rows = []
+    for (view, thought, order), prompt, ids in zip(made, prompts, encode_all(tokenizer, [t for _, t, _ in made]), strict=True):
+        if len(ids) <= cfg.prompt.max_thought_tokens:
+            example = hashlib.sha256(view.request_id.encode()).hexdigest()[:24]
+            rows.append(
+                {
+                    "example_id": example,
+                    "sample_id": view.request_id,
+                    "request_id": view.request_id,
+                    "mode": "think",
+                    "source": "drill",
+                    "prompt": prompt,
+                    "reasoning": format_thought(thought),
+                    "answer": format_answer(order),
+                    "ordinal": seed_of("order", cfg.seed, example),
+                }
+            )
+    return rows
 
 
 def taught(sample_id: str, mode: str, cfg: Config) -> bool:

@@ -18,8 +18,9 @@ from gr2.context import Context, Result
 from gr2.errors import InputError
 from scoring.model import encode_all, hidden_states, label_ids, load
 from training.data import Batch, Example
+from training.fitting import fit
 from training.losses import distill_loss
-from training.sft import fit
+from training.sft import loader_of
 
 # One learned token an example, the first label of the source's order: its place is where the label log-probabilities are read. What the
 # packed rows carry there is the example's place in the table, by which its order and soft labels are found.
@@ -36,7 +37,8 @@ def run(cfg: Config, ctx: Context) -> Result:
     examples, taught = to_examples(tokenizer, table)
     inputs = {"tables": {"distill_examples": ctx.lake.version("distill_examples")}, "models": {"sft": base.hash}}
     loss_fn = taught.loss_fn(cfg.distill.label_weight, cfg.distill.order_weight)
-    summary = fit(cfg, ctx, "fast", model, tokenizer, examples, cfg.distill.train, loss_fn, inputs)
+    loader = loader_of(cfg, ctx, "fast", examples, cfg.distill.train)
+    summary = fit(cfg, ctx, "fast", model, tokenizer, loader, cfg.distill.train, loss_fn, inputs, __name__)
     detail = {"steps": summary.steps, "loss": round(summary.last_loss, 4)}
     return Result(rows_in=table.num_rows, rows_out=summary.steps, tokens=summary.tokens, detail=detail)
 

@@ -30,9 +30,9 @@ from gr2.metrics import kendall_tau, ndcg_at
 from gr2.prompts import ANSWER_OPEN, EMPTY_THOUGHT, LABELS, Template, clean, format_answer, load_template
 from schemas.base import FLOAT, INT, STRING, list_of
 from scoring.model import autocast, encode, encode_all, hidden_states, label_ids, label_logprobs, load, right_padded
+from training.fitting import fingerprint, manifest_of, publishing
 from training.loop import train
 from training.rollouts import Task, read_tasks
-from training.sft import fingerprint, manifest_of, publishing
 
 _SID = re.compile(r"(?:<[a-j]_\d+>)+")
 VECTORS = pa.schema([("item_id", STRING), ("vectors", list_of(FLOAT)), ("k", INT), ("text_tokens", INT)])

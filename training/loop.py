@@ -62,25 +62,34 @@ def learning_rate(settings: Training, step: int, total: int) -> float:
 # -- log-probabilities ------------------------------------------------------------------------------------------------
 
 
-def token_logprobs(model: Any, batch: Batch, temperature: float = 1.0, chunk: int = 4096) -> torch.Tensor:
-    """logps_BT: log-probability of each learned token given those before it in its example; 0 where nothing is learned.
+def learned_states(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(hidden_MD, targets_M)`: the states that predict the learned tokens, and those tokens, row after row.
 
-    The head runs only at positions whose next token is learned, `chunk` of them at a time.
+    The body runs without the head, which then runs only where a token is learned.
     """
-    mask_B1TT = batch.mask_B1TT()
     hidden_BTD = hidden_states(
-        model, input_ids=batch.input_ids_BT, position_ids=batch.position_ids_BT, attention_mask=mask_B1TT, use_cache=False
+        model, input_ids=batch.input_ids_BT, position_ids=batch.position_ids_BT, attention_mask=batch.mask_B1TT(), use_cache=False
     ).last_hidden_state
     learned_BT = batch.learned_BT
-    hidden_MD = hidden_BTD[:, :-1][learned_BT[:, 1:]]
-    targets_M = batch.input_ids_BT[learned_BT]
-    head = model.get_output_embeddings()
-    parts = []
+    return hidden_BTD[:, :-1][learned_BT[:, 1:]], batch.input_ids_BT[learned_BT]
+
+
+def state_logprobs(
+    model: Any, hidden_MD: torch.Tensor, targets_M: torch.Tensor, temperature: float = 1.0, chunk: int = 4096
+) -> torch.Tensor:
+    """logps_M of the targets, `chunk` of them at a time."""
+    head, parts = model.get_output_embeddings(), []
     for start in range(0, len(targets_M), chunk):
         logits_MV = head(hidden_MD[start : start + chunk]).float() / temperature
         parts.append(-torch.nn.functional.cross_entropy(logits_MV, targets_M[start : start + chunk], reduction="none"))
-    logps_BT = torch.zeros_like(batch.weights_BT)
-    return logps_BT.masked_scatter(learned_BT, torch.cat(parts)) if parts else logps_BT + 0.0 * hidden_BTD.sum()
+    return torch.cat(parts) if parts else 0.0 * hidden_MD.sum(dim=1)
+
+
+def token_logprobs(model: Any, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
+    """logps_BT: log-probability of each learned token given those before it in its example; 0 where nothing is learned."""
+    hidden_MD, targets_M = learned_states(model, batch)
+    logps_M = state_logprobs(model, hidden_MD, targets_M, temperature)
+    return torch.zeros_like(batch.weights_BT).masked_scatter(batch.learned_BT, logps_M)
 
 
 # -- the engine -------------------------------------------------------------------------------------------------------

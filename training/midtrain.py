@@ -25,11 +25,12 @@ from gr2.context import Context, Result
 from gr2.errors import InputError
 from gr2.prompts import load_template, vocabulary_texts
 from gr2.sids import sid_tokens
-from scoring.model import autocast, build_model, build_vocabulary, encode_all, grow_vocabulary, load, save, sid_ids
+from scoring.model import autocast, build_model, build_vocabulary, encode_all, grow_vocabulary, load, sid_ids
 from training.codebooks import Codebooks
 from training.data import Batch, Example, Loader, Rows, pack, to_batch
-from training.loop import planned_steps, rank, token_logprobs, train, world
-from training.sft import fingerprint, manifest_of, publishing, supervised
+from training.fitting import fit, supervised
+from training.item_loss import ItemLoss
+from training.loop import LossFn, planned_steps, rank, token_logprobs, world
 
 STAGE = "midtrain"
 EAGER = 256  # tokens of a row up to which plain attention beats the fused one on CPUs
@@ -212,57 +213,49 @@ def _fit(
     model: Any,
     tokenizer: Any,
     texts: Mapping[str, Sequence[Text]],
-    fit: str,
+    fit_of: str,
     settings: Training,
     result: Result,
 ) -> None:
     """Trains and publishes one model; tells the token budget first."""
-    mix = Mix(tokenizer, texts[fit], len(sid_ids(tokenizer)), cfg.midtrain.item_dropout, settings.row_tokens, cfg.seed)
+    mix = Mix(tokenizer, texts[fit_of], len(sid_ids(tokenizer)), cfg.midtrain.item_dropout, settings.row_tokens, cfg.seed)
     eager = settings.row_tokens <= EAGER and not torch.cuda.is_available()
     if eager:
         model.set_attn_implementation("eager")
     loader = Epochs(mix.rows, settings.tokens_per_batch, cfg.seed, eager, rank(), world())
-    steps = planned_steps(loader, settings)
-    _announce(ctx, name, model, loader, steps, settings)
-    pairs = held_out(texts["train"], texts["refit"], cfg.midtrain.held_out) if fit == "train" else []
+    loss_fn = item_loss(cfg, ctx, tokenizer)
+    _announce(ctx, name, model, loader, settings, loss_fn)
+    pairs = held_out(texts["train"], texts["refit"], cfg.midtrain.held_out) if fit_of == "train" else []
+    validate = validator(tokenizer, pairs, eager)
     inputs = {
-        "tables": {"midtrain_examples": ctx.lake.version("midtrain_examples")},
+        "tables": {table: ctx.lake.version(table) for table in ("midtrain_examples", "semantic_ids")},
         "models": {"tokenizer": ctx.model("tokenizer", "tokenizer").hash},
     }
-    manifest = {**manifest_of(cfg, settings, inputs), "fit": fit, "parameters": sum(p.numel() for p in model.parameters())}
-    with publishing(ctx, name, manifest) as folder:
-        summary = train(
-            model,
-            loader,
-            supervised,
-            settings,
-            folder=folder,
-            total_steps=steps,
-            ctx=ctx,
-            checkpoint=ctx.work(name, "checkpoint"),
-            seed=cfg.seed,
-            validate=validator(tokenizer, pairs, eager),
-            fingerprint=fingerprint(name, manifest, __name__),
-            label=name,
-        )
-        manifest |= {"steps": summary.steps, "tokens": summary.tokens, "loss": round(summary.last_loss, 4)}
-        manifest |= {"unread": mix.unread(len(tokenizer))} if cfg.models.student.base is None else {}
-        if rank() == 0:
-            save(model, tokenizer, folder)
-    rate = summary.tokens / max(summary.seconds, 1e-9)
-    ctx.log(f"{name}: loss {summary.last_loss:.4f}, {summary.tokens:,} tokens in {summary.seconds:.0f} s ({rate:,.0f}/s)")
+    notes: dict[str, Any] = {"fit": fit_of, "parameters": sum(p.numel() for p in model.parameters())}
+    if cfg.models.student.base is None:
+        notes["unread"] = mix.unread(len(tokenizer))
+    summary = fit(cfg, ctx, name, model, tokenizer, loader, settings, loss_fn, inputs, __name__, notes=notes, validate=validate)
     result.tokens += summary.tokens
     result.rows_out += summary.steps
     result.detail[name] = {"steps": summary.steps, "loss": round(summary.last_loss, 4), "seconds": round(summary.seconds, 1)}
 
 
-def _announce(ctx: Context, name: str, model: Any, loader: Epochs, steps: int, settings: Training) -> None:
+def item_loss(cfg: Config, ctx: Context, tokenizer: Any) -> LossFn:
+    """The loss of the profile: on tokens alone, or on whole items beside them."""
+    weight = cfg.midtrain.item_weight
+    if not weight:
+        return supervised
+    codes = ctx.lake.read("semantic_ids", ["codes"], tokenizer=ctx.model("tokenizer", "tokenizer").id, order_by=["item_id"])
+    return ItemLoss(np.array(codes["codes"].to_pylist()), sid_ids(tokenizer), weight)
+
+
+def _announce(ctx: Context, name: str, model: Any, loader: Epochs, settings: Training, loss_fn: LossFn) -> None:
     """Logs the token budget before training starts, and for small models the minutes that it takes."""
-    rows, parameters = loader.rows, sum(p.numel() for p in model.parameters())
+    rows, parameters, steps = loader.rows, sum(p.numel() for p in model.parameters()), planned_steps(loader, settings)
     budget = rows.tokens * steps * settings.accumulation * loader.rows_per_batch / len(rows)
     time_needed = ""
     if parameters < SMALL:
-        rate = world() * _rate(model, loader, settings)
+        rate = world() * _rate(model, loader, settings, loss_fn)
         time_needed = f", about {budget / rate / 60:.1f} min at {rate:,.0f} tokens/s"
     ctx.log(
         f"{name}: {parameters / 1e6:.1f}M parameters, {rows.tokens:,} tokens an epoch in rows {rows.fill:.0%} full "
@@ -270,7 +263,7 @@ def _announce(ctx: Context, name: str, model: Any, loader: Epochs, steps: int, s
     )
 
 
-def _rate(model: Any, loader: Epochs, settings: Training) -> float:
+def _rate(model: Any, loader: Epochs, settings: Training, loss_fn: LossFn) -> float:
     """Tokens a second of one process, measured on a few batches, whose gradients are thrown away."""
     model.train()
     stream, place = iter(loader), loader.state_dict()
@@ -279,7 +272,7 @@ def _rate(model: Any, loader: Epochs, settings: Training) -> float:
         for number in range(WARM_UP):
             batch, started = next(stream), time.monotonic()
             with autocast(model, settings.precision == "bf16"):
-                supervised(model, batch)[0].backward()
+                loss_fn(model, batch)[0].backward()
             model.zero_grad(set_to_none=True)
             if number:  # the first one warms up
                 seconds, tokens = seconds + time.monotonic() - started, tokens + batch.tokens

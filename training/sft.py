@@ -8,24 +8,19 @@ killed run goes on from its last checkpoint, where `sft.*.checkpoint_every` asks
     gr2 stage sft --profile demo
 """
 
-import contextlib
-import hashlib
-import json
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
 import torch
 
-from gr2 import artifacts, pipeline
 from gr2.config import Config, Training
 from gr2.context import Context, Result
 from gr2.errors import InputError
-from scoring.model import encode_all, load, save, token_tables
-from training.data import Batch, Example, batches, pack
-from training.loop import LossFn, Summary, planned_steps, rank, token_logprobs, train, world
-from training.losses import sft_loss
+from scoring.model import encode_all, load, token_tables
+from training.data import Example, Loader, batches, pack
+from training.fitting import fit, supervised
+from training.loop import planned_steps, rank, world
 
 STAGE = "sft"
 LENGTH = 2.0  # of a row drawn anew, relative to the median of the others
@@ -47,7 +42,8 @@ def run(cfg: Config, ctx: Context) -> Result:
         wake(model, base.manifest.get("unread", []), cfg.seed)
         examples = to_examples(tokenizer, table, cfg.sft.reasoning_weight, cfg.sft.answer_weight)
         inputs = {"tables": {"sft_examples": ctx.lake.version("sft_examples")}, "models": {start: base.hash}}
-        summary = fit(cfg, ctx, name, model, tokenizer, examples, settings, supervised, inputs)
+        loader = loader_of(cfg, ctx, name, examples, settings)
+        summary = fit(cfg, ctx, name, model, tokenizer, loader, settings, supervised, inputs, __name__)
         result.tokens += summary.tokens
         result.rows_out += summary.steps
         result.detail[name] = {"steps": summary.steps, "loss": round(summary.last_loss, 4)}
@@ -78,72 +74,11 @@ def to_examples(tokenizer: Any, table: pa.Table, reasoning_weight: float, answer
     ]
 
 
-def supervised(model: Any, batch: Batch) -> tuple[torch.Tensor, dict[str, float | torch.Tensor]]:
-    """The weighted token loss of one micro-batch (its share of the step)."""
-    return sft_loss(token_logprobs(model, batch), batch.weights_BT * batch.learned_BT, batch.norm), {}
-
-
-def fit(
-    cfg: Config,
-    ctx: Context,
-    name: str,
-    model: Any,
-    tokenizer: Any,
-    examples: Sequence[Example],
-    settings: Training,
-    loss_fn: LossFn,
-    inputs: dict[str, Any],
-) -> Summary:
-    """Packs, trains with the shared loop, publishes the model `name`; tells the token budget first."""
+def loader_of(cfg: Config, ctx: Context, name: str, examples: Sequence[Example], settings: Training) -> Loader:
+    """Examples, packed, as an endless stream of batches; tells the token budget. Raises InputError for one longer than a row."""
     rows = pack(examples, settings.row_tokens, cfg.seed)
     loader = batches(rows, settings.tokens_per_batch, cfg.seed, rank(), world())
     steps = planned_steps(loader, settings)
     budget = steps * settings.accumulation * loader.rows_per_batch * settings.row_tokens
     ctx.log(f"{name}: {len(examples)} examples in {len(rows)} rows ({rows.fill:.0%} full), {steps} steps, about {budget:,} tokens")
-    manifest = manifest_of(cfg, settings, inputs)
-    with publishing(ctx, name, manifest) as folder:
-        summary = train(
-            model,
-            loader,
-            loss_fn,
-            settings,
-            folder=folder,
-            total_steps=steps,
-            ctx=ctx,
-            checkpoint=ctx.work(name, "checkpoint"),
-            seed=cfg.seed,
-            fingerprint=fingerprint(name, manifest),
-            label=name,
-        )
-        manifest |= {"steps": summary.steps, "tokens": summary.tokens, "examples": len(examples)}
-        if rank() == 0:
-            save(model, tokenizer, folder)
-    ctx.log(f"{name}: loss {summary.last_loss:.4f} after {summary.steps} steps, {summary.tokens:,} tokens, {summary.seconds:.0f} s")
-    return summary
-
-
-def manifest_of(cfg: Config, settings: Training, inputs: dict[str, Any]) -> dict[str, Any]:
-    """What decided a model: its inputs by version and hash, the seed, the settings, the configuration's digest."""
-    return {
-        "inputs": inputs,
-        "seed": cfg.seed,
-        "training": settings.model_dump(mode="json"),
-        "config": cfg.digest(),
-        "profile": cfg.profile,
-    }
-
-
-def fingerprint(name: str, manifest: dict[str, Any], module: str = __name__) -> str:
-    """Hash of what decides a training: a checkpoint, or rollouts, of another fingerprint are not taken up."""
-    decides = {k: manifest[k] for k in ("inputs", "seed", "training")} | {"name": name, "code": pipeline.code_hash(module)}
-    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
-
-
-@contextlib.contextmanager
-def publishing(ctx: Context, name: str, manifest: dict[str, Any]) -> Iterator[Path]:
-    """The folder that becomes the model `name` on the first process; a folder of no consequence on the others."""
-    if rank() == 0:
-        with artifacts.publish_folder(ctx.root, name, manifest) as folder:
-            yield folder
-    else:
-        yield ctx.work("ranks", str(rank()))
+    return loader

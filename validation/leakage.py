@@ -106,7 +106,10 @@ CHECKS: dict[str, tuple[tuple[str, ...], str, str]] = {
     ),
     "sft_requests": (
         ("sft_examples", "candidates"),
-        "SELECT count(*) FROM sft_examples LEFT JOIN candidates c USING (request_id) WHERE c.split IS DISTINCT FROM 'rerank'",
+        """
+        SELECT count(*) FROM sft_examples s LEFT JOIN candidates c USING (request_id)
+        WHERE s.source <> 'drill' AND c.split IS DISTINCT FROM 'rerank'
+        """,
         "SFT read a request outside split rerank",
     ),
     "rl_requests": (

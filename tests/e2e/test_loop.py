@@ -17,7 +17,7 @@ from gr2.errors import ConfigError, ModelError
 from scoring.model import build_model, build_vocabulary, load, save
 from training import checkpoints
 from training.data import Batch, Example, batches, pack, to_batch
-from training.loop import Engine, learning_rate, open_engine, planned_steps, token_logprobs, train
+from training.loop import Engine, learned_states, learning_rate, open_engine, planned_steps, state_logprobs, token_logprobs, train
 
 pytestmark = pytest.mark.e2e
 TINY = Model(hidden=32, layers=2, heads=2, kv_heads=1, mlp=64, dropout=0.1)
@@ -88,7 +88,7 @@ def test_chunks_of_the_head_change_neither_values_nor_gradients(tokenizer: Any) 
     grads = []
     for chunk in (7, 4096):
         model = build_model(TINY, tokenizer, None, seed=7).eval()
-        token_logprobs(model, to_batch(pack(examples(6), 64), slice(None)), chunk=chunk).sum().backward()
+        state_logprobs(model, *learned_states(model, to_batch(pack(examples(6), 64), slice(None))), chunk=chunk).sum().backward()
         grads.append(model.get_input_embeddings().weight.grad)
     torch.testing.assert_close(*grads, atol=1e-5, rtol=1e-4)
 

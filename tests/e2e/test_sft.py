@@ -11,6 +11,7 @@ from scoring.model import encode, label_ids, load
 from tests.e2e import tiny
 from training import sft
 from training.data import pack, to_batch
+from training.fitting import supervised
 from training.loop import token_logprobs
 
 pytestmark = pytest.mark.e2e
@@ -42,7 +43,7 @@ def test_the_loss_weighs_thought_and_answer_and_reads_the_prompt(ctx):
     assert [(batch.weights_BT == w).sum().item() for w in (0.25, 2.0)] == [thought, answer]
     logps = token_logprobs(model, batch)
     expected = -(0.25 * logps[batch.weights_BT == 0.25].sum() + 2 * logps[batch.weights_BT == 2].sum()) / (0.25 * thought + 2 * answer)
-    assert sft.supervised(model, batch)[0].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert supervised(model, batch)[0].item() == pytest.approx(expected.item(), rel=1e-5)
     last = batch.input_ids_BT[batch.weights_BT == 2.0][-1]
     assert last == tokenizer.eos_token_id
 

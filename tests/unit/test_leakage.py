@@ -53,7 +53,7 @@ def world(logs: list[list[int]], window: int = 2) -> World:
         for (a, b), n in Counter((a["item_id"], b["item_id"]) for a, b in couples).items():
             pairs.append({"fit": fit, "item_id": a, "next_item_id": b, "count": n, "next_count": directs[a, b]})
     train = [r for r in requests if r["split"] == "rerank"]
-    examples = [{"example_id": r["request_id"], "request_id": r["request_id"]} for r in train]
+    examples = [{"example_id": r["request_id"], "request_id": r["request_id"], "source": "rejection"} for r in train]
     popularity = {(s["fit"], s["item_id"]): math.log1p(s["count"]) for s in stats}
     features = [
         {"request_id": r["request_id"], "item_id": r["target_id"], "popularity": popularity.get((r["fit"], r["target_id"]), 0.0)}
@@ -114,7 +114,7 @@ LEAKS = {
     "midtrain_histories": lambda tables: tables["midtrain_examples"][0].update(prompt=f"<a_{LOGS[0][-1]}><b_0>"),
     "request_fit": change("candidates", 0, fit="refit"),
     "history_before_target": lambda tables: tables["candidates"][0]["history_ids"].append(tables["candidates"][1]["target_id"]),
-    "sft_requests": lambda tables: tables.update(sft_examples=[{"example_id": "x", "request_id": "test:u0"}]),
+    "sft_requests": lambda tables: tables.update(sft_examples=[{"example_id": "x", "request_id": "test:u0", "source": "rejection"}]),
     "rl_requests": change("rl_prompts", 0, request_id="test:u0"),
     "distill_requests": lambda tables: tables.update(distill_examples=[{"example_id": "x", "request_id": "valid:u1"}]),
     "splits_in_order": lambda tables: tables["interactions"][0].update(split="test"),

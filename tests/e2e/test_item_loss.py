@@ -1,0 +1,88 @@
+"""The item loss is a softmax over whole items, found wherever a whole item is learned, and adds nothing to the model."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from gr2.errors import ConfigError
+from gr2.prompts import load_template, vocabulary_texts
+from gr2.sids import sid_tokens, to_text
+from scoring.model import build_model, build_vocabulary, encode, sid_ids
+from tests.e2e.tiny import SIZE
+from training.data import Example, pack, to_batch
+from training.fitting import supervised
+from training.item_loss import ItemLoss
+
+pytestmark = pytest.mark.e2e
+CODES_NL = np.array([[0, 1], [0, 2], [1, 1], [2, 0]])
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return build_vocabulary(vocabulary_texts(load_template(), 20), 400, sid_tokens(2, 3), tmp_path_factory.mktemp("vocabulary"))
+
+
+def batch_of(tokenizer, *texts):
+    """Each text is (read, learned)."""
+    examples = [Example([tokenizer.bos_token_id, *encode(tokenizer, a)], [(encode(tokenizer, b), 1.0)]) for a, b in texts]
+    return to_batch(pack(examples, 64), slice(None))
+
+
+def item(number):
+    return to_text(CODES_NL[number])
+
+
+def test_the_loss_is_the_softmax_over_items_at_each_first_code(tokenizer):
+    model = build_model(SIZE, tokenizer, None, seed=3).eval()
+    batch = batch_of(tokenizer, (item(3), item(0) + item(2)))
+    loss, floats = ItemLoss(CODES_NL, sid_ids(tokenizer), 0.5)(model, batch)
+    with torch.inference_mode():
+        ids = torch.tensor([[tokenizer.bos_token_id, *encode(tokenizer, item(3) + item(0) + item(2))]])
+        hidden_TD = model.base_model(input_ids=ids).last_hidden_state[0]
+        table = model.get_input_embeddings().weight
+        items_ND = torch.stack([table[encode(tokenizer, item(n))].sum(dim=0) for n in range(4)])
+        logps = torch.log_softmax(hidden_TD[[2, 4]] @ items_ND.T, dim=-1)
+        expected = -(logps[0, 0] + logps[1, 2]) / 2  # the mean over items, where all that is learned is items
+    assert floats["item_loss"].item() == pytest.approx(expected.item(), rel=1e-4)
+    assert (loss - supervised(model, batch)[0]).item() == pytest.approx(0.5 * expected.item(), rel=1e-3)
+
+
+def test_items_are_found_only_where_they_are_whole_and_live(tokenizer):
+    loss = ItemLoss(CODES_NL, sid_ids(tokenizer), 1.0)
+    texts = [("", item(1) + " then " + item(2)), (item(0), "<a_1>"), ("", "<b_1><a_2><b_0>"), ("", "<a_1><b_2>")]  # the last is no item
+    for text, found in zip(texts, ([1, 2], [], [3], []), strict=True):
+        batch = batch_of(tokenizer, text)
+        targets_M = batch.input_ids_BT[batch.learned_BT].numpy()
+        places_I, items_I = loss.starts(targets_M)
+        assert items_I.tolist() == found
+        assert all(targets_M[place] == encode(tokenizer, item(n))[0] for place, n in zip(places_I, items_I, strict=True))
+    model = build_model(SIZE, tokenizer, None, seed=3)
+    plain = batch_of(tokenizer, ("history", "candidates"))
+    assert loss(model, plain)[0].item() == pytest.approx(supervised(model, plain)[0].item()), (
+        "a text without items has the token loss alone"
+    )
+
+
+def test_it_teaches_what_follows_and_leaves_the_model_as_it_is(tokenizer):
+    model = build_model(SIZE, tokenizer, None, seed=3)
+    names = set(model.state_dict())
+    loss_fn, batch = ItemLoss(CODES_NL, sid_ids(tokenizer), 1.0), batch_of(tokenizer, (item(0), item(1)), (item(2), item(3)))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    curve = []
+    for _ in range(30):
+        loss, floats = loss_fn(model, batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        curve.append(floats["item_loss"].item())
+    assert curve[-1] < 0.2 * curve[0]
+    assert set(model.state_dict()) == names
+
+
+def test_scattered_embeddings_are_refused(tokenizer):
+    model = build_model(SIZE, tokenizer, None, seed=3)
+    model.get_input_embeddings().weight.ds_id = SimpleNamespace()
+    with pytest.raises(ConfigError, match="item_weight"):
+        ItemLoss(CODES_NL, sid_ids(tokenizer), 1.0)(model, batch_of(tokenizer, ("", item(1))))

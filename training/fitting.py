@@ -1,0 +1,95 @@
+"""What supervised trainers share: from a stream of batches to a published model, and the manifest that says what decided it.
+
+summary = fit(cfg, ctx, "sft", model, tokenizer, loader, settings, supervised, {"tables": {...}, "models": {...}}, __name__)
+"""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gr2 import artifacts, pipeline
+from gr2.config import Config, Training
+from gr2.context import Context
+from scoring.model import save
+from training.data import Batch, Loader
+from training.loop import LossFn, Summary, planned_steps, rank, token_logprobs, train
+from training.losses import sft_loss
+
+
+def supervised(model: Any, batch: Batch) -> tuple[torch.Tensor, dict[str, float | torch.Tensor]]:
+    """The weighted token loss of one micro-batch (its share of the step)."""
+    return sft_loss(token_logprobs(model, batch), batch.weights_BT * batch.learned_BT, batch.norm), {}
+
+
+def fit(
+    cfg: Config,
+    ctx: Context,
+    name: str,
+    model: Any,
+    tokenizer: Any,
+    loader: Loader,
+    settings: Training,
+    loss_fn: LossFn,
+    inputs: dict[str, Any],
+    module: str,
+    *,
+    notes: dict[str, Any] | None = None,
+    validate: Callable[[Any], dict[str, float]] | None = None,
+) -> Summary:
+    """Trains with the shared loop and publishes the model `name`. `module`: whose code decides it. `notes`: more for the manifest."""
+    manifest = manifest_of(cfg, settings, inputs)
+    with publishing(ctx, name, manifest) as folder:
+        summary = train(
+            model,
+            loader,
+            loss_fn,
+            settings,
+            folder=folder,
+            total_steps=planned_steps(loader, settings),
+            ctx=ctx,
+            checkpoint=ctx.work(name, "checkpoint"),
+            seed=cfg.seed,
+            validate=validate,
+            fingerprint=fingerprint(name, manifest, module),
+            label=name,
+        )
+        manifest |= {"steps": summary.steps, "tokens": summary.tokens, "loss": round(summary.last_loss, 4), **(notes or {})}
+        if rank() == 0:
+            save(model, tokenizer, folder)
+    rate = summary.tokens / max(summary.seconds, 1e-9)
+    ctx.log(
+        f"{name}: loss {summary.last_loss:.4f}, {summary.steps} steps, {summary.tokens:,} tokens in {summary.seconds:.0f} s ({rate:,.0f}/s)"
+    )
+    return summary
+
+
+def manifest_of(cfg: Config, settings: Training, inputs: dict[str, Any]) -> dict[str, Any]:
+    """What decided a model: its inputs by version and hash, the seed, the settings, the configuration's digest."""
+    return {
+        "inputs": inputs,
+        "seed": cfg.seed,
+        "training": settings.model_dump(mode="json"),
+        "config": cfg.digest(),
+        "profile": cfg.profile,
+    }
+
+
+def fingerprint(name: str, manifest: dict[str, Any], module: str) -> str:
+    """Hash of what decides a training: a checkpoint of another fingerprint is not taken up."""
+    decides = {k: manifest[k] for k in ("inputs", "seed", "training")} | {"name": name, "code": pipeline.code_hash(module)}
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
+
+
+@contextlib.contextmanager
+def publishing(ctx: Context, name: str, manifest: dict[str, Any]) -> Iterator[Path]:
+    """The folder that becomes the model `name` on the first process; a folder of no consequence on the others."""
+    if rank() == 0:
+        with artifacts.publish_folder(ctx.root, name, manifest) as folder:
+            yield folder
+    else:
+        yield ctx.work("ranks", str(rank()))
