@@ -173,7 +173,7 @@ class Midtrain(Section):
     title_words: Positive = 8  # words of a title that a text task says
     history_items: Positive = 24  # longest window; a longer history is cut into windows that overlap by half
     item_dropout: Share = 0.1  # share of items left out of a history, drawn anew each epoch
-    item_weight: float = Field(0.25, ge=0)  # of the loss on whole items beside tokens; 0: none (catalogues that a softmax cannot hold)
+    item_weight: float = Field(0.5, ge=0)  # of the loss on whole items beside tokens; 0: none (catalogues that a softmax cannot hold)
     held_out: Positive = 512  # users whose items in the rerank split, which fit `train` does not hold, give the held-out loss
 
 

@@ -16,12 +16,13 @@ def test_answers_follow_the_thought_and_name_every_label_once():
     for seed in range(200):
         view, thought, order = drill(ITEMS, TEMPLATE, seed, history=4, most=8)
         parsed = parse(format_thought(thought) + format_answer(order), view.labels, "think")
-        assert parsed.order == order and sorted(order) == sorted(view.labels)
+        assert parsed.order == order
         cited = [word[1] for word in thought.split() if word.startswith("@")]
         assert cited == list(order[:CITED])
         rest = [label for label in view.labels if label not in cited]
         assert list(order[CITED:]) == rest, "labels that are not cited keep the incoming order"
-        assert FEWEST <= len(view.candidates) <= 8 and len(view.history) <= 4
+        assert FEWEST <= len(view.candidates) <= 8
+        assert len(view.history) <= 4
 
 
 def test_a_thought_claims_only_what_its_lines_show():
@@ -53,5 +54,5 @@ def test_every_word_of_the_template_is_drilled():
 
 
 def test_a_catalogue_that_is_too_small_is_refused():
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="larger than population"):
         drill(ITEMS[:2], TEMPLATE, 1)
