@@ -177,7 +177,10 @@ def _spawn(stage: "Stage", ctx: Context, settings: list[str]) -> None:
         command += ["--date", str(ctx.date)]
     for item in settings:
         command += ["--set", item]
-    done = subprocess.run(command, cwd=Path.cwd(), check=False)
+    environment = dict(os.environ)
+    if count > 1:  # they share the cores; what `set_defaults` gave this process is meant for one
+        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // count))
+    done = subprocess.run(command, cwd=Path.cwd(), env=environment, check=False)
     if done.returncode:
         raise _StageFailed(stage.name, done.returncode)
 

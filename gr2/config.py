@@ -40,7 +40,7 @@ class Paths(Section):
 class Data(Section):
     """Where raw data come from and how they are cut into the re-ranker's splits (DESIGN section 4)."""
 
-    source: Literal["simulator", "amazon2014"] = "simulator"
+    source: Literal["simulator", "jsonl", "amazon2014"] = "simulator"  # jsonl: day=YYYY-MM-DD/{events,items}.jsonl.gz, as simulated
     path: Path | None = None  # folder of raw files; the environment variable GR2_DATA is the fallback
     protocol: Literal["leave_one_out", "time"] = "time"
     same_day_order: Literal["as_published", "shuffled"] = "as_published"
@@ -50,6 +50,11 @@ class Data(Section):
     session_gap_minutes: Positive = 30
     max_requests_per_user: Positive = 1  # time protocol: targets a user gives to one split
     max_quarantine_share: Share = 0.05  # more refused rows than this fail the gate
+
+    @property
+    def dated(self) -> bool:
+        """Whether raw files come in a folder a day."""
+        return self.source != "amazon2014"
 
 
 class Simulator(Section):

@@ -116,7 +116,9 @@ class Context:
     # -- telling --------------------------------------------------------------------------------------------------
 
     def log(self, message: str) -> None:
-        """One line to stderr and to the run's log file."""
+        """One line to stderr and to the run's log file, from the first of several processes."""
+        if os.environ.get("RANK", "0") != "0":
+            return
         line = f"{dt.datetime.now(dt.UTC):%H:%M:%S} {message}"
         print(line, file=sys.stderr, flush=True)
         folder = self.root / "logs"

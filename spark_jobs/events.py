@@ -1,6 +1,6 @@
 """Stage `events`: raw logs to one row an event.
 
-Reads   raw files: simulated days (written first where they are missing), or a folder in the Amazon 2014 format.
+Reads   raw files: a folder a day of JSON lines (simulated ones are written first where they are missing), or the Amazon 2014 format.
 Writes  `events` (one user-item event; event_id), `quarantine` (one refused row; quarantine_id).
 Rerun   both tables are insert-only on a key that is a hash of content: rows that are there are left as they are.
 Run     gr2 stage events --profile demo [--date 2026-01-05]
@@ -40,9 +40,7 @@ def run(cfg: Config, ctx: Context) -> Result:
         started = time.monotonic()
         written = simulate.write_days(cfg.simulator, cfg.seed, ctx.raw_path(), readers.known_days(ctx), ctx.root / "truth")
         ctx.log(f"events: simulated {len(written)} days in {time.monotonic() - started:.1f} s")
-        lines, names = simulated(ctx)
-    else:
-        lines, names = amazon2014(ctx)
+    lines, names = by_day(ctx) if cfg.data.dated else amazon2014(ctx)
     judged = judge(lines).persist(StorageLevel.MEMORY_AND_DISK)
     try:
         return _ingest(cfg, ctx, judged, names)
@@ -50,10 +48,10 @@ def run(cfg: Config, ctx: Context) -> Result:
         judged.unpersist()
 
 
-def simulated(ctx: Context) -> tuple[DataFrame, list[str]]:
-    """Log lines of the days to read with their fields as text, and the files' names."""
+def by_day(ctx: Context) -> tuple[DataFrame, list[str]]:
+    """Log lines of the days to read with their fields as text, and the files' names. Raises InputError for no such day."""
     root = ctx.raw_path()
-    paths = readers.files(root, [f"day={d}/events.jsonl.gz" for d in readers.known_days(ctx)])
+    paths = readers.files(root, [f"day={d}/events.jsonl.gz" for d in readers.known_days(ctx)] or ["day=*/events.jsonl.gz"])
     frame = readers.json_fields(readers.lines(ctx, paths, depth=2), FIELDS)
     timed = F.when(F.col("time").rlike(ISO), F.col("time").try_cast("timestamp"))
     ready = frame.withColumns({"event_time": timed, "needs_time": F.lit(True), "ingest_date": readers.day_of_file()})
@@ -157,7 +155,7 @@ def to_events(frame: DataFrame, source: str, period: str) -> DataFrame:
     order = Window.partitionBy("user_id").orderBy("source_order", "event_id")
     before, after = order.rowsBetween(Window.unboundedPreceding, 0), order.rowsBetween(0, Window.unboundedFollowing)
     known = F.to_date("event_time")
-    if source != "simulator":  # there every event has a time: no window over all rows is needed
+    if source == "amazon2014":  # elsewhere every event has a time: no window over all rows is needed
         known = F.coalesce(
             F.last(known, ignorenulls=True).over(before), F.first(known, ignorenulls=True).over(after), F.lit("1970-01-01").cast("date")
         )

@@ -1,6 +1,6 @@
 """Stage `items`: the catalogue, with the text that models read.
 
-Reads   `items.jsonl.gz` of every simulated day that is there, or of the Amazon 2014 folder; `events`, for items that have no metadata.
+Reads   `items.jsonl.gz` of every day that is there, or of the Amazon 2014 folder; `events`, for items that have no metadata.
 Writes  `items` (one item; item_id), `quarantine` (one refused row; quarantine_id).
 Rerun   the whole table is replaced; equal content makes no new version.
 Run     gr2 stage items --profile demo
@@ -25,10 +25,10 @@ GLUE = "\u0001"  # joins categories while their entities are resolved
 
 def run(cfg: Config, ctx: Context) -> Result:
     """Builds the catalogue. Raises InputError for an unreadable file, AuditError if too many rows were refused or the sum is broken."""
-    root, simulated = ctx.raw_path(), cfg.data.source == "simulator"
-    paths = readers.files(root, ["day=*/items.jsonl.gz"] if simulated else ["items.jsonl.gz"])
-    lines = readers.json_fields(readers.lines(ctx, paths, depth=2 if simulated else 1), FIELDS).drop("fields")
-    day = readers.day_of_file() if simulated else F.lit(ctx.day)
+    root, dated = ctx.raw_path(), cfg.data.dated
+    paths = readers.files(root, ["day=*/items.jsonl.gz"] if dated else ["items.jsonl.gz"])
+    lines = readers.json_fields(readers.lines(ctx, paths, depth=2 if dated else 1), FIELDS).drop("fields")
+    day = readers.day_of_file() if dated else F.lit(ctx.day)
     judged = judge(lines.withColumn("ingest_date", day)).persist(StorageLevel.MEMORY_AND_DISK)
     try:
         with readers.reading():
@@ -36,9 +36,9 @@ def run(cfg: Config, ctx: Context) -> Result:
         rows_in, good = sum(counts.values()), counts.pop(None, 0)
         reasons = dict(sorted(counts.items()))
         readers.keep_refused(ctx, judged.where(F.col("reason").isNotNull()), "items", reasons, rows_in)
-        described = to_items(judged.where(F.col("reason").isNull()), known_days=simulated).persist(StorageLevel.MEMORY_AND_DISK)
+        described = to_items(judged.where(F.col("reason").isNull()), known_days=dated).persist(StorageLevel.MEMORY_AND_DISK)
         distinct = described.count()
-        bare = bare_items(read(ctx, "events"), described, known_days=simulated)
+        bare = bare_items(read(ctx, "events"), described, known_days=dated)
         published = publish(ctx, "items", described.unionByName(bare))
         without_text = len(ctx.lake.read("items", ["item_id"], has_text=False))
         described.unpersist()

@@ -150,8 +150,13 @@ def keep_refused(ctx: Context, frame: DataFrame, target: str, reasons: dict[str,
 
 
 def known_days(ctx: Context) -> list[dt.date]:
-    """The simulated days to read: the one of --date, else all up to the processed day."""
+    """The days to read: the one of --date, else all up to the processed day (simulated), or all that have a folder."""
     if ctx.date:
         return [ctx.date]
+    if ctx.cfg.data.source == "jsonl":
+        found = [p.name.removeprefix("day=") for p in sorted(ctx.raw_path().glob("day=*"))]
+        if wrong := [name for name in found if not re.fullmatch(r"\d{4}-\d{2}-\d{2}", name)]:
+            raise InputError(f"day={wrong[0]} is not a folder of a day: name it day=YYYY-MM-DD")
+        return [day for day in map(dt.date.fromisoformat, found) if day <= ctx.day]
     start = dt.date.fromisoformat(ctx.cfg.simulator.start)
     return [start + dt.timedelta(days=i) for i in range((ctx.day - start).days + 1)]

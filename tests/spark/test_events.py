@@ -1,6 +1,7 @@
 """Ingestion: every row is published, known, or refused with its reason; unreadable files and too many refusals stop it."""
 
 import datetime as dt
+import gzip
 import json
 import os
 from pathlib import Path
@@ -72,7 +73,7 @@ def test_every_rule_refuses_what_it_is_for_and_nothing_else(ctx):
     ]
     rows += [(None, json.dumps(x)) for x in good]
     day_of(ctx, [text for _, text in rows])
-    frame, _ = events.simulated(Context(ctx.cfg, dt.date.fromisoformat(DAY)))
+    frame, _ = events.by_day(Context(ctx.cfg, dt.date.fromisoformat(DAY)))
     assert [(r["record"], r["reason"]) for r in events.judge(frame).collect()] == [(text, reason) for reason, text in rows]
 
 
@@ -112,6 +113,24 @@ def test_days_one_by_one_in_any_order_equal_all_at_once(make_ctx, tmp_path):
     late = [r for r in whole.lake.read("events").to_pylist() if r["event_date"] < r["ingest_date"]]
     assert late
     assert all(r["period"] == str(r["event_date"]) for r in late)
+
+
+def test_logs_of_ones_own_come_as_a_folder_a_day(make_ctx, tmp_path):
+    raw = tmp_path / "raw"
+    ctx = make_ctx(["data.source=jsonl", f"data.path={raw}"])
+    raw.mkdir()
+    with pytest.raises(InputError, match=r"has no day=\*/events\.jsonl\.gz"):
+        events.run(ctx.cfg, ctx)
+    for number in (1, 2, 3):
+        folder = raw / f"day=2026-01-0{number}"
+        folder.mkdir()
+        record = json.dumps(line(time=f"2026-01-0{number}T10:00:00Z"))
+        (folder / "events.jsonl.gz").write_bytes(gzip.compress(record.encode() + b"\n"))
+    second = Context(ctx.cfg, dt.date(2026, 1, 2))
+    assert (events.run(second.cfg, second).rows_out, events.run(ctx.cfg, ctx).rows_out) == (1, 2), "one day, then the others"
+    (raw / "day=2026-1-4").mkdir()
+    with pytest.raises(InputError, match="day=YYYY-MM-DD"):
+        events.run(ctx.cfg, ctx)
 
 
 @pytest.mark.parametrize("spoil", [lambda b: b[: len(b) // 2], lambda b: b"plain text\n", lambda b: b""])

@@ -1,0 +1,71 @@
+"""One small world through every stage, by the command a newcomer types; then everybody reads the tables, and a second run does nothing."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import polars as pl
+import pytest
+from deltalake import DeltaTable
+
+import schemas
+from gr2 import PROJECT, pipeline
+from gr2.config import load
+from gr2.context import Context
+from schemas.query import query
+
+pytestmark = pytest.mark.e2e
+SMALL = [
+    "simulator.users=160", "tokenizer.steps=300", "midtrain.student.max_steps=200", "midtrain.refit.max_steps=20",
+    "midtrain.teacher.max_steps=80", "traces.max_attempts=4", "traces.no_target_requests=5", "sft.drills=100", "sft.student.max_steps=15",
+    "sft.teacher.max_steps=10", "rl.student.max_steps=2", "rl.teacher.max_steps=2", "rl.prompts_per_step=4", "rl.group=4",
+    "rl.max_refills=0", "rl.validate_requests=8", "opd.train.max_steps=2", "latents.train.max_steps=5", "distill.train.max_steps=5",
+    "distill.max_requests=20", "scoring.audit_requests=4", "scoring.miss_sample=5", "evaluation.bootstrap=100",
+]  # fmt: skip
+
+
+def gr2(root: Path, *words: str) -> str:
+    """Runs the command; returns what it printed. Fails with its last lines."""
+    settings = [part for item in (f"paths.root={root}", *SMALL) for part in ("--set", item)]
+    environment = {**os.environ, "COLUMNS": "140"}
+    done = subprocess.run(
+        [sys.executable, "-m", "gr2", *words, *settings], cwd=PROJECT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def versions(root: Path) -> dict[str, int]:
+    """Version of every table."""
+    return {path.name: DeltaTable(str(path)).version() for path in sorted((root / "tables").iterdir())}
+
+
+def test_every_stage_runs_every_table_can_be_read_and_a_rerun_changes_nothing(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    printed = gr2(root, "run")
+    assert "recall@1" in printed, "a run ends with the results"
+    assert {stage for stage in pipeline.names() if not (root / "runs" / f"{stage}.json").exists()} == set()
+    names = {table.name for table in schemas.all_tables()}
+    assert set(versions(root)) == names
+
+    ctx = Context(load("demo", [f"paths.root={root}"]))
+    for name in names:
+        path = str(root / "tables" / name)
+        rows = DeltaTable(path).to_pyarrow_table().num_rows
+        assert pl.read_delta(path).height == rows
+        assert query(ctx, f"SELECT count(*) AS rows FROM {name}", latest=True).to_pylist() == [{"rows": rows}], "DuckDB"
+    page = (root / "reports" / "index.html").read_text()
+    assert not re.search(r"""(?:src|href)=["']https?:""", page), "the report opens without a network"
+
+    before, results = versions(root), results_of(root)
+    again = gr2(root, "run")
+    assert again.count("up to date") == len(pipeline.STAGES)
+    assert versions(root) == before
+    assert results_of(root) == results
+
+
+def results_of(root: Path) -> list[dict[str, object]]:
+    """The metrics, sorted."""
+    return sorted(DeltaTable(str(root / "tables" / "metrics")).to_pyarrow_table().to_pylist(), key=str)
