@@ -32,6 +32,7 @@ app = typer.Typer(
 Profile = Annotated[str, typer.Option(help="A profile: a file in conf/.")]
 Date = Annotated[str | None, typer.Option(help="The processed day, YYYY-MM-DD. Without it: all the data there are.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a setting: key=value, such as rl.prompts_per_step=8. Repeatable.")]
+WIDE = 110  # columns of a terminal from which the summary shows every figure
 
 
 def main() -> None:
@@ -231,10 +232,15 @@ def _summary(ctx: Context, rows: list[tuple[str, str, dict[str, object]]], secon
 
     console = Console()
     table = Table(title=f"gr2 run --profile {ctx.cfg.profile}: {seconds:.0f} s")
-    for column in ("stage", "status", "rows in", "rows out", "quarantined", "duplicates", "tokens", "seconds", "peak MiB"):
-        table.add_column(column, justify="left" if column in ("stage", "status") else "right")
+    columns = ["rows_in", "rows_out", "quarantined", "duplicates", "tokens", "seconds", "peak_mib"]
+    if console.width < WIDE:
+        columns = ["rows_out", "quarantined", "tokens", "seconds"]
+    for column in ("stage", "status"):
+        table.add_column(column, no_wrap=True)
+    for column in columns:
+        table.add_column(column.replace("_", " ").replace("mib", "MiB"), justify="right", no_wrap=True)
     for name, status, record in rows:
-        figures = [record.get(k) or 0 for k in ("rows_in", "rows_out", "quarantined", "duplicates", "tokens", "seconds", "peak_mib")]
+        figures = [record.get(column) or 0 for column in columns]
         table.add_row(name, status, *(f"{value:,.0f}" if value else "" for value in figures))
     console.print(table)
     if ctx.lake.exists("metrics"):
