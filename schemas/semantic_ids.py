@@ -12,7 +12,7 @@ TABLE = Table(
     min_rows=1,
     laws={"levels_agree": "size(codes) = size(learned_codes)"},
     columns=(
-        Column("tokenizer", STRING, "tokenizer version: builder and content hash"),
+        Column("tokenizer", STRING, "tokenizer version: tokenizer@ and its content hash"),
         Column("item_id", STRING, "item"),
         Column("codes", list_of(INT), "one code a level, after collisions were separated"),
         Column("token_text", STRING, "such as <a_12><b_240><c_7><d_3>"),

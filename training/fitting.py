@@ -15,9 +15,10 @@ import torch
 from gr2 import artifacts, pipeline
 from gr2.config import Config, Training
 from gr2.context import Context
+from gr2.errors import MissingInputError
 from scoring.model import save
 from training.data import Batch, Loader
-from training.loop import LossFn, Summary, planned_steps, rank, token_logprobs, train
+from training.loop import LossFn, Summary, planned_steps, rank, token_logprobs, train, world
 from training.losses import sft_loss
 
 
@@ -41,8 +42,16 @@ def fit(
     notes: dict[str, Any] | None = None,
     validate: Callable[[Any], dict[str, float]] | None = None,
 ) -> Summary:
-    """Trains with the shared loop and publishes the model `name`. `module`: whose code decides it. `notes`: more for the manifest."""
+    """Trains with the shared loop and publishes the model `name`. `module`: whose code decides it. `notes`: more for the manifest.
+
+    A model that was published from the very same inputs, settings and code is kept, so a stage that was killed between two of its models
+    goes on with the second; `model` is then left as it came.
+    """
     manifest = manifest_of(cfg, settings, inputs)
+    manifest["fingerprint"] = fingerprint(name, manifest, module)
+    if kept := _published(ctx, name, manifest["fingerprint"]):
+        ctx.log(f"{name}: trained before from the same inputs, settings and code: kept")
+        return kept
     with publishing(ctx, name, manifest) as folder:
         summary = train(
             model,
@@ -55,10 +64,11 @@ def fit(
             checkpoint=ctx.work(name, "checkpoint"),
             seed=cfg.seed,
             validate=validate,
-            fingerprint=fingerprint(name, manifest, module),
+            fingerprint=manifest["fingerprint"],
             label=name,
         )
-        manifest |= {"steps": summary.steps, "tokens": summary.tokens, "loss": round(summary.last_loss, 4), **(notes or {})}
+        manifest |= {"steps": summary.steps, "tokens": summary.tokens, "seconds": round(summary.seconds, 1), **(notes or {})}
+        manifest["loss"] = round(summary.last_loss, 4)
         if rank() == 0:
             save(model, tokenizer, folder)
     rate = summary.tokens / max(summary.seconds, 1e-9)
@@ -66,6 +76,17 @@ def fit(
         f"{name}: loss {summary.last_loss:.4f}, {summary.steps} steps, {summary.tokens:,} tokens in {summary.seconds:.0f} s ({rate:,.0f}/s)"
     )
     return summary
+
+
+def _published(ctx: Context, name: str, wanted: str) -> Summary | None:
+    """What the current model of that name came to, if it has this fingerprint."""
+    try:
+        manifest = artifacts.resolve(ctx.root, name, "").manifest
+    except MissingInputError:
+        return None
+    if manifest.get("fingerprint") != wanted:
+        return None
+    return Summary(manifest["steps"], manifest["tokens"], manifest["seconds"], manifest["loss"])
 
 
 def manifest_of(cfg: Config, settings: Training, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -87,9 +108,14 @@ def fingerprint(name: str, manifest: dict[str, Any], module: str) -> str:
 
 @contextlib.contextmanager
 def publishing(ctx: Context, name: str, manifest: dict[str, Any]) -> Iterator[Path]:
-    """The folder that becomes the model `name` on the first process; a folder of no consequence on the others."""
+    """The folder that becomes the model `name` on the first process; a folder of no consequence on the others.
+
+    All leave together: what comes next may read the model.
+    """
     if rank() == 0:
         with artifacts.publish_folder(ctx.root, name, manifest) as folder:
             yield folder
     else:
         yield ctx.work("ranks", str(rank()))
+    if world() > 1:
+        torch.distributed.barrier()

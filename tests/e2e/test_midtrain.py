@@ -1,6 +1,8 @@
 """Mid-training on a small world: what is learned generalises, the refit goes on from the student, draws are seeded and resumable."""
 
+import datetime as dt
 import json
+import shutil
 from collections.abc import Callable
 from itertools import islice
 from typing import Any
@@ -63,6 +65,12 @@ def world(ctx: Context) -> list[int]:
         for i in range(0, ITEMS, 4)
     ]  # fmt: skip
     put(ctx, "midtrain_examples", rows)
+    codes = [
+        {"tokenizer": ctx.model("tokenizer", "tokenizer").id, "item_id": f"i{i}", "codes": codes_of(i), "token_text": to_text(codes_of(i)),
+         "learned_codes": codes_of(i), "separated": False, "residual": 0.0, "added_on": dt.date(2026, 1, 1)}
+        for i in range(ITEMS)
+    ]  # fmt: skip
+    put(ctx, "semantic_ids", codes)
     put(ctx, "items", [{"item_id": f"i{i}", "categories": [], "text": f"item number {i}", "has_text": True} for i in range(ITEMS)])
     return starts
 
@@ -87,9 +95,15 @@ def test_the_pre_ranker_learns_what_follows(make_ctx: Callable[..., Context]) ->
     lines = [json.loads(line) for line in (student.path / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["valid_loss"] < 0.5 * lines[0]["loss"]
     assert lines[-1]["loss"] < lines[0]["loss"]
+    assert lines[-1]["item_loss"] < 0.2 * lines[0]["item_loss"], "items are learned whole, beside their tokens"
     first = json.loads((refit.path / "metrics.jsonl").read_text().splitlines()[0])
     assert first["loss"] < 0.7 * lines[0]["loss"], "the refit did not go on from the student"
     assert (student.manifest["fit"], refit.manifest["fit"]) == ("train", "refit")
+    kept = (student.path / "model.safetensors").stat().st_mtime_ns
+    shutil.rmtree(ctx.root / "models" / "midtrain-teacher")  # as if the stage had been killed before its last model
+    assert midtrain.run(ctx.cfg, ctx).detail.keys() == result.detail.keys()
+    assert (student.path / "model.safetensors").stat().st_mtime_ns == kept, "it goes on with the model that is missing"
+    assert (ctx.root / "models" / "midtrain-teacher" / "current.json").exists()
 
 
 def test_a_fit_without_texts_is_refused(make_ctx: Callable[..., Context]) -> None:

@@ -1,6 +1,7 @@
 """SFT on a tiny model: it learns, weighs what it should, and a rerun gives the same model."""
 
 import json
+import shutil
 
 import pyarrow as pa
 import pytest
@@ -29,8 +30,12 @@ def test_sft_learns_the_format_and_a_rerun_gives_the_same_model(make_ctx):
     assert curve[-1]["loss"] < 0.5 * curve[0]["loss"]
     assert first.manifest["inputs"]["tables"] == {"sft_examples": 0}
     assert result.tokens > 0
+    weights = (first.path / "model.safetensors").stat().st_mtime_ns
+    assert sft.run(ctx.cfg, ctx).detail == result.detail
+    assert (first.path / "model.safetensors").stat().st_mtime_ns == weights, "trained from the same inputs before: kept"
+    shutil.rmtree(ctx.root / "models" / "sft")
     sft.run(ctx.cfg, ctx)
-    assert ctx.model("sft", "sft").hash == first.hash
+    assert ctx.model("sft", "sft").hash == first.hash, "trained again, it is the same model"
 
 
 def test_the_loss_weighs_thought_and_answer_and_reads_the_prompt(ctx):
