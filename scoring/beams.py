@@ -78,6 +78,38 @@ def beam_search(
     return Found(items_BW, logprobs_BW)
 
 
+def with_item_scores(
+    found: Found,
+    model: Any,
+    tokens_NL: Ints,
+    prompts: Sequence[Sequence[int]],
+    weight: float,
+    *,
+    pad: int = 0,
+    batch: int = 64,
+    bf16: bool = True,
+) -> Found:
+    """Orders what the beams found by log p(tokens) + weight * log p(item): beams propose, item vectors judge (LIGER, arXiv 2411.18814).
+
+    p(item) is the softmax over all items that mid-training learned with midtrain.item_weight: the state after the prompt against the sum
+    of each item's token rows (`tokens_NL`). The scores of the result are those sums.
+    """
+    table_VD = model.get_input_embeddings().weight.detach()
+    items_ND = table_VD[torch.from_numpy(tokens_NL).to(model.device)].sum(dim=1)
+    scores_BW = found.logprobs_BW.copy()
+    model.eval()
+    for places in by_length(prompts, batch):
+        ids_BT, lengths_B = right_padded([prompts[i] for i in places], pad)
+        with torch.inference_mode(), autocast(model, bf16):
+            states_BTD = hidden_states(model, input_ids=ids_BT.to(model.device), use_cache=False).last_hidden_state
+            logits_BN = states_BTD[torch.arange(len(places)), lengths_B - 1] @ items_ND.T
+        logps_BN = logits_BN.float().log_softmax(dim=-1).cpu().numpy()
+        items_BW = found.items_BW[places]
+        scores_BW[places] += weight * np.where(items_BW >= 0, np.take_along_axis(logps_BN, np.maximum(items_BW, 0), axis=1), 0.0)
+    order_BW = np.argsort(-scores_BW, axis=1, kind="stable")
+    return Found(np.take_along_axis(found.items_BW, order_BW, axis=1), np.take_along_axis(scores_BW, order_BW, axis=1))
+
+
 class _Closed:
     """Finds the nodes under which every item is excluded."""
 

@@ -195,7 +195,7 @@ def beamed(cfg: Config, ctx: Context, rows: pa.Table) -> pa.Table:
 
 def ranked(cfg: Config, ctx: Context, rows: list[dict[str, Any]], fit: str, name: str) -> Iterator[dict[str, Any]]:
     """One row of `candidates` for each request, by the model `name`."""
-    from scoring.beams import beam_search
+    from scoring.beams import beam_search, with_item_scores
     from scoring.model import load, sid_ids
     from training.midtrain import start_id
 
@@ -214,6 +214,9 @@ def ranked(cfg: Config, ctx: Context, rows: list[dict[str, Any]], fit: str, name
         exclude = [sorted({place_of[i] for i in row["seen_ids"] if i in place_of} | hidden(row["as_of"])) for row in chunk]
         texts = [prompts.of(row["history_ids"]) for row in chunk]
         found = beam_search(model, ids_LK, trie, texts, cfg.candidates.beam, exclude, pad=tokenizer.pad_token_id, batch=size)
+        if cfg.candidates.item_weight:
+            weight, pad = cfg.candidates.item_weight, tokenizer.pad_token_id
+            found = with_item_scores(found, model, prompts.tokens_NL, texts, weight, pad=pad, batch=size)
         for row, places, scores in zip(chunk, found.items_BW, found.logprobs_BW, strict=True):
             yield _row(cfg, row, fit, artifact.id, [ids[p] for p in places if p >= 0], scores)
 

@@ -9,7 +9,7 @@ import torch
 from gr2.config import Model
 from gr2.errors import ModelError
 from gr2.sids import Trie, sid_tokens
-from scoring.beams import beam_search
+from scoring.beams import beam_search, with_item_scores
 from scoring.model import build_model, build_vocabulary, sid_ids
 
 pytestmark = pytest.mark.e2e
@@ -53,6 +53,31 @@ def test_wide_beams_are_the_enumeration_of_all_items(world: Any) -> None:
         np.testing.assert_allclose(found.logprobs_BW[row], truth[found.items_BW[row]], atol=2e-5)
         assert (np.diff(found.logprobs_BW[row]) <= 0).all()
         assert found.items_BW[row, 0] == truth.argmax()
+
+
+def test_item_scores_are_the_softmax_over_items_added_to_the_beams(world: Any) -> None:
+    model, tokenizer, codes_NL, trie, prompts = world
+    tokens_NL, pad = tokens_of(tokenizer, codes_NL), tokenizer.pad_token_id
+    found = beam_search(model, sid_ids(tokenizer), trie, prompts, 12, [[0], [1], [], [], []], pad=pad, bf16=False)
+    both = with_item_scores(found, model, tokens_NL, prompts, 0.5, pad=pad, batch=2, bf16=False)
+    items_ND = model.get_input_embeddings().weight.detach()[tokens_NL].sum(dim=1)
+    for row, prompt in enumerate(prompts):
+        with torch.inference_mode():
+            state_D = model.base_model(torch.tensor([prompt])).last_hidden_state[0, -1]
+        item_N = torch.log_softmax(state_D @ items_ND.T, dim=-1).numpy()
+        truth = dict(zip(found.items_BW[row], found.logprobs_BW[row] + 0.5 * item_N[found.items_BW[row]], strict=True))
+        assert both.items_BW[row].tolist() == sorted(truth, key=lambda item: -truth[item]), "the beams' items in another order, no other"
+        np.testing.assert_allclose(both.logprobs_BW[row], sorted(truth.values(), reverse=True), atol=1e-4)
+
+
+def test_rows_without_enough_items_keep_their_gaps_last(world: Any) -> None:
+    model, tokenizer, codes_NL, trie, prompts = world
+    exclude = [list(range(5, ITEMS))]
+    found = beam_search(model, sid_ids(tokenizer), trie, prompts[:1], 9, exclude, pad=tokenizer.pad_token_id, bf16=False)
+    both = with_item_scores(found, model, tokens_of(tokenizer, codes_NL), prompts[:1], 1.0, pad=tokenizer.pad_token_id, bf16=False)
+    assert sorted(both.items_BW[0, :5].tolist()) == [0, 1, 2, 3, 4]
+    assert (both.items_BW[0, 5:] == -1).all()
+    assert np.isneginf(both.logprobs_BW[0, 5:]).all()
 
 
 def test_exclusion_is_the_enumeration_without_those_items(world: Any) -> None:
