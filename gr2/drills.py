@@ -2,18 +2,18 @@
 
     view, thought, order = drill(items, load_template("rerank_v1"), seed=7, history=6)
 
-A drawn slate with drawn evidence, a thought that cites three of its lines, and an answer that follows the thought. There is nothing to know
-about anybody's taste: which lines are cited is chance, so a drill teaches no order, only that words after a label are those of its line and
-that the answer names the cited labels first and every label once. Models with a base can do this already; a small one never learns it from
-the few accepted traces alone (docs/log.md).
+A drawn slate with drawn evidence, a thought that says which evidence it goes by, and an answer that sorts the list by it. There is nothing
+to know about anybody's taste: which evidence counts is drawn too, so a drill teaches no preference, only that a need which was named is
+followed, that the words after a label are those of its line, and that the answer names every label once. Models with a base can do this
+already; a small one does not learn it from the few accepted traces alone (docs/log.md).
 """
 
 import random
 from collections.abc import Sequence
 
-from gr2.prompts import Candidate, HistoryItem, Template, Value, View, compose_thought, make_view
+from gr2.prompts import SMALL_IS_GOOD, Candidate, Feature, HistoryItem, Template, Value, View, compose_thought, evidence_of, make_view
 
-CITED = 3
+NEEDS = 2  # features that a drill sorts by
 FEWEST = 3  # candidates
 SILENT = 0.7  # share of evidence that a line does not have
 
@@ -33,18 +33,29 @@ def drill(
     seen = [HistoryItem(sid, text, days) for (sid, text), days in zip(chosen[count:], ages, strict=True)]
     slate = [Candidate(str(place), sid, text, _evidence(template, draw)) for place, (sid, text) in enumerate(chosen[:count])]
     view = make_view(f"drill:{seed}", seen, slate, replica=0)
-    first = draw.sample(view.labels, CITED)
-    order = (*first, *(label for label in view.labels if label not in first))
-    names = draw.sample(sorted(template.evidence), len(template.evidence))
-    return view, compose_thought(view, order, names[:2], names[2:5], template, CITED), order
+    said = evidence_of(view, template)
+    names = [name for name in draw.sample(sorted(template.evidence), len(template.evidence)) if any(name in words for words in said)]
+    need, pattern = names[:NEEDS], names[NEEDS : NEEDS + 2]
+    levels = [tuple(_level(template.evidence[name], words, name) for name in need) for words in said]
+    places = sorted(range(count), key=lambda place: [*(-level for level in levels[place]), place])
+    order = tuple(view.labels[place] for place in places)
+    return view, compose_thought(view, order, pattern, need, template), order
+
+
+def _level(feature: Feature, words: dict[str, str], name: str) -> float:
+    """How good a line is in one feature, as its words say it: 0 where they say nothing. Of places and gaps, small ones are good."""
+    if name not in words:
+        return 0.0
+    level = feature.words.index(words[name]) + 1 + 0.5 * (f"{name}_best" in words)
+    return -level if feature.column in SMALL_IS_GOOD and not feature.listed else level
 
 
 def _evidence(template: Template, draw: random.Random) -> dict[str, Value]:
-    """A value for some of the columns that the template says in words, each at one of its thresholds."""
+    """A value for some of the columns that the template shows: at one of its thresholds, or beyond where only the order counts."""
     values: dict[str, Value] = {}
     for feature in template.evidence.values():
         if draw.random() >= SILENT:
-            values[feature.column] = draw.choice(feature.at) + 1e-6
+            values[feature.column] = draw.choice(feature.at) + (draw.random() if feature.listed else 1e-6)
     trend, recent = values.pop("trend", None), values.get("recent")
     if isinstance(trend, float) and isinstance(recent, float):
         values["popularity"] = recent - trend  # the template derives the trend from both

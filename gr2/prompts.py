@@ -41,6 +41,8 @@ COLUMNS = DERIVED | frozenset(
     {"prior_gap", "popularity", "recent", "pair_last", "pair_next", "pair_max", "pair_sum", "lift_max", "pair_gap_days"}
     | {"same_brand", "category_overlap", "text_similarity", "text_similarity_max", "price_ratio", "days_since_seen"}
 )
+SMALL_IS_GOOD = frozenset({"place", "prior_gap"})
+NOBODY = "Z"  # a label that is never given out: it fills a list of labels, so that every place of it stands at the same distance
 BY_PLACE = ("incoming_rank", "prior_score", "prior_gap")  # belong to a place in the incoming order, not to the item in it
 WORD = re.compile(r"[a-z]+[A-Z][a-z]+")  # the shape of every evidence word
 _FIELDS = {
@@ -135,12 +137,17 @@ def _generator(purpose: str, request_id: str, replica: int) -> random.Random:
 
 
 class Feature(Section):
-    """A column said in words: level = thresholds reached; level 0 is not said; `best` marks the list's largest value (level 1 at least)."""
+    """A column said in words: level = thresholds reached; level 0 is not said; `best` marks the list's largest value (level 1 at least).
+
+    With `listed` the word does not stand in each candidate's line: it stands once, before the labels of so many candidates at most, the
+    best first. A small model reads such lists a hundred times sooner than words that it must bind to a line's label (docs/log.md).
+    """
 
     column: str = ""
     at: tuple[float, ...]
     words: tuple[str, ...]
     best: str = ""
+    listed: int = Field(0, ge=0)
 
     @model_validator(mode="after")
     def _consistent(self) -> "Feature":
@@ -148,6 +155,8 @@ class Feature(Section):
             raise ValueError("`at` must rise and have one threshold a word")
         if bad := [w for w in (*self.words, *filter(None, [self.best])) if not WORD.fullmatch(w)]:
             raise ValueError(f"words must be letters like nextLow, so that none is ordinary English: {', '.join(bad)}")
+        if self.listed and len(self.words) != 1:
+            raise ValueError("a listed feature has one word and one threshold")
         return self
 
     def level(self, value: Value) -> int:
@@ -238,8 +247,10 @@ def render(view: View, template: Template, mode: Mode, target: str | None = None
     for place in view.shown:
         candidate = view.candidates[place]
         fields = {"sid": candidate.sid, "text": clean(candidate.text, template.text_words), "label": view.labels[place]}
-        fields |= {"evidence": " ".join(said[place].values()), "after": _after(candidate, view, template)}
+        words = [word for key, word in said[place].items() if not template.evidence[key.removesuffix("_best")].listed]
+        fields |= {"evidence": " ".join(words), "after": _after(candidate, view, template)}
         lines.append(_line(template.candidate_line, fields))
+    lines += _lists(view, template)
     if target is not None:
         lines.append(template.target_line.format(label=view.label_of(target)))
     lines.append(template.closing["think" if mode == "think" else "direct"])
@@ -261,6 +272,25 @@ def _line(pattern: str, fields: Mapping[str, object]) -> str:
     return " ".join(pattern.format(**fields).split())
 
 
+def _lists(view: View, template: Template) -> list[str]:
+    """The listed features in one line: `nextTop @C @A @Z likeTop @A @B @C`; as many labels each time, where the list is long enough."""
+    parts = []
+    for feature in template.evidence.values():
+        if feature.listed:
+            labels = [view.labels[place] for place in _best_first(feature, view)]
+            labels += [NOBODY] * (min(feature.listed, len(view.labels)) - len(labels))
+            parts.append(" ".join([feature.words[0], *(f"@{label}" for label in labels)]))
+    return [" ".join(parts)] if parts else []
+
+
+def _best_first(feature: Feature, view: View) -> list[int]:
+    """Incoming places that a listed feature names, best first; ties in incoming order."""
+    values = [_value(feature.column, place, c) for place, c in enumerate(view.candidates)]
+    sign = 1.0 if feature.column in SMALL_IS_GOOD else -1.0
+    known = [(sign * float(value), place) for place, value in enumerate(values) if feature.level(value)]  # type: ignore[arg-type]
+    return [place for _, place in sorted(known)][: feature.listed]
+
+
 def _after(candidate: Candidate, view: View, template: Template) -> str:
     """The history line after which the candidate is most often chosen."""
     source = candidate.features.get("pair_item")
@@ -278,6 +308,10 @@ def evidence_of(view: View, template: Template | None = None) -> list[dict[str, 
     template = template or load_template()
     said: list[dict[str, str]] = [{} for _ in view.candidates]
     for name, feature in template.evidence.items():
+        if feature.listed:
+            for number, place in enumerate(_best_first(feature, view)):
+                said[place] |= {name: feature.words[0]} | ({f"{name}_best": feature.best} if feature.best and number == 0 else {})
+            continue
         values = [_value(feature.column, place, c) for place, c in enumerate(view.candidates)]
         levels = [feature.level(v) for v in values]
         largest = max((v for v in values if isinstance(v, (int, float)) and v == v), default=None)

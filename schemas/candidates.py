@@ -24,11 +24,7 @@ TABLE = Table(
         Column("history_ids", list_of(STRING), "items before the target, oldest first"),
         Column("history_days", list_of(INT), "days between each and the target"),
         Column("candidate_ids", list_of(STRING), "incoming order, best first"),
-        Column(
-            "prior_scores",
-            list_of(FLOAT),
-            "pre-ranker: log p(tokens) + candidates.item_weight * log p(item); log: minus the position",
-        ),
+        Column("prior_scores", list_of(FLOAT), "pre-ranker: log p(tokens) + candidates.item_weight * log p(item); log: minus the position"),
         Column("grades", list_of(INT), "relevance of each: 0, 1 (target, click), 2 (purchase)"),
         Column("target_id", STRING, "the item that followed, where there is just one", nullable=True),
         Column("target_rank", INT, "its place in the list from 1; null where it is not in it", nullable=True),

@@ -32,13 +32,10 @@ def run(cfg: Config, ctx: Context) -> Result:
     if not table.num_rows:
         raise InputError("sft_examples is empty: no trace was accepted; look at reasoning_traces, or raise traces.max_attempts")
     result = Result(rows_in=table.num_rows)
-    sizes = (
-        ("sft", "midtrain", cfg.sft.student, cfg.models.student),
-        ("sft-teacher", "midtrain-teacher", cfg.sft.teacher, cfg.models.teacher),
-    )
-    for name, start, settings, size in sizes:
+    sizes = (("sft", "midtrain", cfg.sft.student), ("sft-teacher", "midtrain-teacher", cfg.sft.teacher))
+    for name, start, settings in sizes:
         base = ctx.model(start, "midtrain")
-        model, tokenizer = load(base.path, dropout=size.dropout)
+        model, tokenizer = load(base.path, dropout=cfg.sft.dropout)
         wake(model, base.manifest.get("unread", []), cfg.seed)
         examples = to_examples(tokenizer, table, cfg.sft.reasoning_weight, cfg.sft.answer_weight)
         inputs = {"tables": {"sft_examples": ctx.lake.version("sft_examples")}, "models": {start: base.hash}}

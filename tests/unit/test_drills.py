@@ -5,24 +5,36 @@ from collections import Counter
 import pytest
 
 from gr2.answers import parse
-from gr2.drills import CITED, FEWEST, drill
-from gr2.prompts import evidence_words, format_answer, format_thought, load_template, render
+from gr2.drills import FEWEST, drill
+from gr2.prompts import evidence_of, evidence_words, format_answer, format_thought, load_template, render
 
 ITEMS = [(f"<a_{i // 9}><b_{i % 9}>", f"item {i}") for i in range(60)]
-TEMPLATE = load_template()
+LINES, LISTS = load_template("rerank_v1"), load_template("rerank_v2")
+TEMPLATE = LINES
 
 
-def test_answers_follow_the_thought_and_name_every_label_once():
+@pytest.mark.parametrize("template", [LINES, LISTS], ids=["lines", "lists"])
+def test_answers_follow_the_thought_and_name_every_label_once(template):
     for seed in range(200):
-        view, thought, order = drill(ITEMS, TEMPLATE, seed, history=4, most=8)
+        view, thought, order = drill(ITEMS, template, seed, history=4, most=8)
         parsed = parse(format_thought(thought) + format_answer(order), view.labels, "think")
         assert parsed.order == order
         cited = [word[1] for word in thought.split() if word.startswith("@")]
-        assert cited == list(order[:CITED])
-        rest = [label for label in view.labels if label not in cited]
-        assert list(order[CITED:]) == rest, "labels that are not cited keep the incoming order"
+        assert cited == list(order[:3]), "the thought compares the first three"
         assert FEWEST <= len(view.candidates) <= 8
         assert len(view.history) <= 4
+
+
+def test_the_list_is_sorted_by_the_evidence_that_the_thought_needs():
+    one = LISTS.model_copy(update={"evidence": {"like": LISTS.evidence["like"], "next": LISTS.evidence["next"]}})
+    for seed in range(100):
+        view, _, order = drill(ITEMS, one, seed)
+        said = dict(zip(view.labels, evidence_of(view, one), strict=True))
+        led = {label for label in view.labels if {"like_best", "next_best"} & said[label].keys()}
+        assert order[0] in led or not any(said.values()), "who leads in what is needed stands first"
+        rest = [label for label in order if not said[label]]
+        assert list(order[len(order) - len(rest) :]) == rest, "those of whom nothing is said stand last"
+        assert rest == [label for label in view.labels if label in rest], "in incoming order"
 
 
 def test_a_thought_claims_only_what_its_lines_show():
@@ -35,14 +47,17 @@ def test_a_thought_claims_only_what_its_lines_show():
         assert thought.partition("compare ")[2], "a drill compares"
 
 
-def test_equal_seeds_give_equal_drills_and_chance_cites_all_places_alike():
-    assert drill(ITEMS, TEMPLATE, 5) == drill(ITEMS, TEMPLATE, 5)
-    assert render(drill(ITEMS, TEMPLATE, 5)[0], TEMPLATE, "think") != render(drill(ITEMS, TEMPLATE, 6)[0], TEMPLATE, "think")
+def test_equal_seeds_give_equal_drills_and_all_places_lead_alike():
+    assert drill(ITEMS, LISTS, 5) == drill(ITEMS, LISTS, 5)
+    assert render(drill(ITEMS, LISTS, 5)[0], LISTS, "think") != render(drill(ITEMS, LISTS, 6)[0], LISTS, "think")
+    bare = LISTS.model_copy(update={"evidence": {"next": LISTS.evidence["next"]}})
     first: Counter[int] = Counter()
-    for seed in range(1500):
-        view, _, order = drill(ITEMS, TEMPLATE, seed, history=0, most=FEWEST)
-        first[view.labels.index(order[0])] += 1
-    assert all(abs(count / 1500 - 1 / FEWEST) < 0.05 for count in first.values())
+    for seed in range(3000):
+        view, _, order = drill(ITEMS, bare, seed, history=0, most=FEWEST)
+        if any(evidence_of(view, bare)):
+            first[view.labels.index(order[0])] += 1
+    total = sum(first.values())
+    assert all(abs(count / total - 1 / FEWEST) < 0.06 for count in first.values()), "what is drawn favours no place"
 
 
 def test_every_word_of_the_template_is_drilled():
