@@ -33,6 +33,8 @@ def set_defaults() -> None:
         "OMP_NUM_THREADS": str(cores),  # else Spark sets it to one for its Python workers
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # weights load in a blink
+        "PYTHONWARNINGS": "ignore::FutureWarning",  # of libraries about each other, in every child
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "ERROR",

@@ -7,10 +7,13 @@ from pathlib import Path
 import pyarrow as pa
 from pyspark.sql import DataFrame, SparkSession
 
+from gr2 import PROJECT
 from gr2.config import Config
 from gr2.context import Context
 from gr2.environment import JARS
 from gr2.errors import EnvironmentProblem
+
+LOGGING = PROJECT / "conf" / "log4j2.properties"
 
 
 def get_session(cfg: Config, root: Path) -> SparkSession:
@@ -42,7 +45,7 @@ def get_session(cfg: Config, root: Path) -> SparkSession:
         "spark.databricks.delta.snapshotPartitions": "2",
         "spark.sql.sources.parallelPartitionDiscovery.parallelism": "2",
         "spark.sql.execution.arrow.pyspark.enabled": "true",
-        "spark.driver.extraJavaOptions": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",
+        "spark.driver.extraJavaOptions": f"-XX:TieredStopAtLevel=1 -XX:+UseSerialGC -Dlog4j2.configurationFile=file:{LOGGING}",
         **cfg.spark.extra,
     }
     builder = SparkSession.builder.master(cfg.spark.master).appName("gr2")
