@@ -2,16 +2,28 @@
 
     view, thought, order = drill(items, load_template("rerank_v1"), seed=7, history=6)
 
-A drawn slate with drawn evidence, a thought that says which evidence it goes by, and an answer that sorts the list by it. There is nothing
-to know about anybody's taste: which evidence counts is drawn too, so a drill teaches no preference, only that a need which was named is
-followed, that the words after a label are those of its line, and that the answer names every label once. Models with a base can do this
+A drawn slate with drawn evidence, a thought that says which evidence it goes by, and an answer that puts the best by it first. There
+is nothing to know about anybody's taste: which evidence counts is drawn too, so a drill teaches no preference, only that a need which was
+named is followed, that the words after a label are those of its line, and that the answer names every label once. Models with a base can do this
 already; a small one does not learn it from the few accepted traces alone (docs/log.md).
 """
 
 import random
 from collections.abc import Sequence
 
-from gr2.prompts import SMALL_IS_GOOD, Candidate, Feature, HistoryItem, Template, Value, View, compose_thought, evidence_of, make_view
+from gr2.prompts import (
+    COMPARED,
+    SMALL_IS_GOOD,
+    Candidate,
+    Feature,
+    HistoryItem,
+    Template,
+    Value,
+    View,
+    compose_thought,
+    evidence_of,
+    make_view,
+)
 
 NEEDS = 2  # features that a drill sorts by
 FEWEST = 3  # candidates
@@ -37,8 +49,8 @@ def drill(
     names = [name for name in draw.sample(sorted(template.evidence), len(template.evidence)) if any(name in words for words in said)]
     need, pattern = names[:NEEDS], names[NEEDS : NEEDS + 2]
     levels = [tuple(_level(template.evidence[name], words, name) for name in need) for words in said]
-    places = sorted(range(count), key=lambda place: [*(-level for level in levels[place]), place])
-    order = tuple(view.labels[place] for place in places)
+    first = sorted(range(count), key=lambda place: [*(-level for level in levels[place]), place])[:COMPARED]
+    order = tuple(view.labels[place] for place in (*first, *(p for p in range(count) if p not in first)))
     return view, compose_thought(view, order, pattern, need, template), order
 
 

@@ -43,6 +43,7 @@ COLUMNS = DERIVED | frozenset(
 )
 SMALL_IS_GOOD = frozenset({"place", "prior_gap"})
 NOBODY = "Z"  # a label that is never given out: it fills a list of labels, so that every place of it stands at the same distance
+COMPARED = 3  # candidates that a program's thought compares; the others keep the incoming order
 BY_PLACE = ("incoming_rank", "prior_score", "prior_gap")  # belong to a place in the incoming order, not to the item in it
 WORD = re.compile(r"[a-z]+[A-Z][a-z]+")  # the shape of every evidence word
 _FIELDS = {
@@ -342,7 +343,7 @@ def evidence_words(view: View, template: Template | None = None) -> list[str]:
 
 
 def compose_thought(
-    view: View, ranking: Sequence[str], pattern: Sequence[str], need: Sequence[str], template: Template | None = None, cited: int = 3
+    view: View, ranking: Sequence[str], pattern: Sequence[str], need: Sequence[str], template: Template | None = None, cited: int = COMPARED
 ) -> str:
     """The three-step thought of a program teacher: pattern -> need -> comparison, in at most 48 tokens, citing only what is shown.
 

@@ -6,7 +6,7 @@ import pytest
 
 from gr2.answers import parse
 from gr2.drills import FEWEST, drill
-from gr2.prompts import evidence_of, evidence_words, format_answer, format_thought, load_template, render
+from gr2.prompts import COMPARED, evidence_of, evidence_words, format_answer, format_thought, load_template, render
 
 ITEMS = [(f"<a_{i // 9}><b_{i % 9}>", f"item {i}") for i in range(60)]
 LINES, LISTS = load_template("rerank_v1"), load_template("rerank_v2")
@@ -20,7 +20,7 @@ def test_answers_follow_the_thought_and_name_every_label_once(template):
         parsed = parse(format_thought(thought) + format_answer(order), view.labels, "think")
         assert parsed.order == order
         cited = [word[1] for word in thought.split() if word.startswith("@")]
-        assert cited == list(order[:3]), "the thought compares the first three"
+        assert cited == list(order[:COMPARED]), "the thought compares the first three"
         assert FEWEST <= len(view.candidates) <= 8
         assert len(view.history) <= 4
 
@@ -32,9 +32,8 @@ def test_the_list_is_sorted_by_the_evidence_that_the_thought_needs():
         said = dict(zip(view.labels, evidence_of(view, one), strict=True))
         led = {label for label in view.labels if {"like_best", "next_best"} & said[label].keys()}
         assert order[0] in led or not any(said.values()), "who leads in what is needed stands first"
-        rest = [label for label in order if not said[label]]
-        assert list(order[len(order) - len(rest) :]) == rest, "those of whom nothing is said stand last"
-        assert rest == [label for label in view.labels if label in rest], "in incoming order"
+        rest = order[COMPARED:]
+        assert list(rest) == [label for label in view.labels if label in rest], "what is not compared keeps the incoming order"
 
 
 def test_a_thought_claims_only_what_its_lines_show():
