@@ -2,9 +2,9 @@
 
     view, thought, order = drill(items, load_template("rerank_v1"), seed=7, history=6)
 
-A drawn slate with drawn evidence, a thought that says which evidence it goes by, and an answer that puts the best by it first. There
-is nothing to know about anybody's taste: which evidence counts is drawn too, so a drill teaches no preference, only that a need which was
-named is followed, that the words after a label are those of its line, and that the answer names every label once. Models with a base can do this
+A drawn slate with drawn evidence, a thought that says which evidence it goes by, and an answer that puts the best by it first. There is
+nothing to know about anybody's taste: which evidence counts is drawn too, so a drill teaches no preference, only that a need which was
+named is followed, that words after a label are true of it, and that the answer names every label once. Models with a base can do this
 already; a small one does not learn it from the few accepted traces alone (docs/log.md).
 """
 
