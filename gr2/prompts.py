@@ -1,11 +1,13 @@
 """What the re-ranker reads and the form of what it writes: (history, candidates, evidence) -> chat messages (METHOD 5).
 
     view = make_view("r1", history, candidates, replica=0)       # labels and slots: two independent seeded shuffles
-    messages = render(view, load_template("rerank_v1"), "think")
+    messages = render(view, load_template("rerank_v2"), "think")
 
-A candidate is one line, label last, so that in a causal model the label's position has read all of its line:
+A candidate is one line, label last. What is known of it stands in its line (rerank_v1, and in sentences rerank_llm_v1), or in lists of labels
+after all lines, best first, which models from scratch learn to read at once (rerank_v2):
 
     <a_1><b_2><c_3><d_4> priorTwo nextBest brandOne @C
+    priorTop @A @C @B nextTop @C @Z @Z brandTop @C @A @Z
 
 The completion is `<think>THOUGHT</think>["C","A","B"]`. In byte-level BPE the pieces `["`, `","`, `"]` and ` @` hold no letter, so a
 label is the same single token (the bare letter) in the prompt, in a thought and in the answer; after `["` the next token is a label.
@@ -33,7 +35,7 @@ LABELS = tuple("ABCDEFGHIJKLMNOPQRST")
 THINK, END_THINK = "<think>", "</think>"
 EMPTY_THOUGHT = THINK + END_THINK
 ANSWER_OPEN, ANSWER_SEPARATOR, ANSWER_CLOSE = '["', '","', '"]'
-DEFAULT = "rerank_v1"
+DEFAULT = "rerank_v2"
 # What a prompt may show: columns of candidate_features (`grade` is the label and never among them), and two that are derived: `place`, the
 # incoming place, and `trend` = recent - popularity, the log share of an item's choices that decay has left (0: all of late).
 DERIVED = frozenset({"place", "trend"})

@@ -184,7 +184,7 @@ def test_evidence_never_raises_and_matches_the_prompt(view: View) -> None:
     lines = {line.rsplit("@", 1)[1]: line.split() for line in text_of(view).split("\n") if "> " in line and "@" in line}
     for label, words in zip(view.labels, said, strict=True):
         assert lines[label][1:-1] == list(words.values())
-    allowed = set(prompts.evidence_words(view))
+    allowed = set(prompts.evidence_words(view, TERSE))
     assert allowed >= set(view.labels)
     assert {e for e in allowed if ":" in e} == {f"{b}:{w}" for b, words in zip(view.labels, said, strict=True) for w in words.values()}
 
@@ -266,7 +266,7 @@ def test_thought_of_the_docstring() -> None:
     rows = [{"same_brand": 1, "pair_next": 12, "text_similarity": 0.7}, {}, {"recent": 5.0}]
     view = make_view("r", [], [candidate(n, **row) for n, row in enumerate(rows)], 0)
     one, two, three = view.labels
-    thought = prompts.compose_thought(view, [one, two, three], ["brand"], ["next", "like", "pop"])
+    thought = prompts.compose_thought(view, [one, two, three], ["brand"], ["next", "like", "pop"], TERSE)
     assert thought == (
         f"pattern brandOne. need nextBest nextTop likeBest. compare @{one} nextBest nextTop, @{two} priorTwo, @{three} popBest popTop."
     )
