@@ -3,7 +3,7 @@
     view = make_view("r1", history, candidates, replica=0)       # labels and slots: two independent seeded shuffles
     messages = render(view, load_template("rerank_v2"), "think")
 
-A candidate is one line, label last. What is known of it stands in its line (rerank_v1, and in sentences rerank_llm_v1), or in lists of labels
+A candidate is one line, label last. What is known of it stands in its line (rerank_v1; in sentences rerank_llm_v1), or in lists of labels
 after all lines, best first, which models from scratch learn to read at once (rerank_v2):
 
     <a_1><b_2><c_3><d_4> priorTwo nextBest brandOne @C

@@ -28,7 +28,7 @@ SETTINGS = [
     "scoring.models={sft: [think, direct], rl: [score], opd: [think]}",
     "scoring.miss_sample=4", "scoring.audit_requests=6", "scoring.chunk=16",
     "prompt.max_thought_tokens=12", "prompt.max_answer_tokens=12", "prompt.max_prompt_tokens=210",
-    "tokenizer.levels=2", "scoring.audit_replicas=2",
+    "tokenizer.levels=2", "scoring.audit_replicas=2", "prompt.template=rerank_v1",
 ]  # fmt: skip
 
 
@@ -64,7 +64,7 @@ def world(ctx: Context) -> None:
     features = [f | dict.fromkeys(facts, 1e6) if f["request_id"] == POISONED else f for f in features]
     put(ctx, "candidates", requests)
     put(ctx, "candidate_features", features)
-    vocabulary = build_vocabulary(vocabulary_texts(load_template()), 420, sid_tokens(2, 12), ctx.work("vocabulary"))
+    vocabulary = build_vocabulary(vocabulary_texts(load_template("rerank_v1")), 420, sid_tokens(2, 12), ctx.work("vocabulary"))
     for name, seed in (("sft", 1), ("rl", 2)):
         with artifacts.publish_folder(ctx.root, name, {}) as draft:
             save(build_model(SIZE, vocabulary, None, seed), vocabulary, draft)
