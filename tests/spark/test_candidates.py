@@ -86,7 +86,7 @@ def world(ctx: Context, windows: tuple[int, int, int] | None) -> list[dict[str, 
 
 
 def scores_of_all(ctx: Context, name: str, history: list[str]) -> np.ndarray:
-    """log p(item | history) of every item, one by one, by whole forward passes."""
+    """log p(tokens) + log p(item) of every item after a history, one by one, by whole forward passes."""
     model, tokenizer = load(ctx.model(name, "midtrain").path)
     ids_LK = sid_ids(tokenizer)
     prompt = [tokenizer.bos_token_id, *(int(ids_LK[level, c]) for i in history[-5:] for level, c in enumerate(codes_of(int(i[1:]))))]
@@ -96,7 +96,12 @@ def scores_of_all(ctx: Context, name: str, history: list[str]) -> np.ndarray:
         with torch.inference_mode():
             logps_TV = model(torch.tensor([[*prompt, *own]])).logits[0].log_softmax(-1)
         found.append(sum(float(logps_TV[len(prompt) - 1 + k, t]) for k, t in enumerate(own)))
-    return np.array(found)
+    with torch.inference_mode():
+        state_D = model.base_model(torch.tensor([prompt])).last_hidden_state[0, -1]
+        table = model.get_input_embeddings().weight
+        items_ND = torch.stack([sum(table[ids_LK[level, c]] for level, c in enumerate(codes_of(item))) for item in range(ITEMS)])
+        whole_N = torch.log_softmax(items_ND @ state_D, dim=-1).numpy()
+    return np.array(found) + whole_N
 
 
 def test_beams_rank_every_live_item_but_the_history(make_ctx: Callable[..., Context]) -> None:
