@@ -188,9 +188,7 @@ class Candidates(Section):
     source: Literal["beam", "log"] = "beam"
     n: Positive = 10
     beam: Positive = 20
-    item_weight: float = Field(
-        1.0, ge=0
-    )  # of log p(item) beside log p(tokens) in the order of what the beams found; wants midtrain.item_weight
+    item_weight: float = Field(1.0, ge=0)  # of log p(item) beside log p(tokens) in the beams' order; wants midtrain.item_weight
     batch: Positive = 256
     max_requests: int = Field(0, ge=0)  # per split, seeded sample; 0: all. The full-ranking figures use every request kept
     max_rerank: int = Field(0, ge=0)  # the same for the split rerank alone, whose lists only train; 0: as max_requests

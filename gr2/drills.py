@@ -1,6 +1,6 @@
 """Drills: made-up lists in the re-ranker's own form, which teach a model from scratch to read a list and to keep its word.
 
-    view, thought, order = drill(items, load_template("rerank_v2"), seed=7, history=6)
+    view, thought, order = drill(items, load_template("rerank_v2"), "13:7", history=6)
 
 A drawn slate with drawn evidence, a thought that says which evidence it goes by, and an answer that puts the best by it first. There is
 nothing to know about anybody's taste: which evidence counts is drawn too, so a drill teaches no preference, only that a need which was
@@ -31,20 +31,20 @@ SILENT = 0.7  # share of evidence that a line does not have
 
 
 def drill(
-    items: Sequence[tuple[str, str]], template: Template, seed: int, *, history: int = 6, most: int = 10
+    items: Sequence[tuple[str, str]], template: Template, name: str, *, history: int = 6, most: int = 10
 ) -> tuple[View, str, tuple[str, ...]]:
     """`(view, thought, labels in order)` of one made-up request over `(semantic ID, text)` of a catalogue.
 
-    `history`, `most`: the most items of a history and candidates of a list. Equal seeds give equal drills. Raises ValueError for a
+    `history`, `most`: the most items of a history and candidates of a list. The name is the seed of all draws. Raises ValueError for a
     catalogue that is smaller than one request.
     """
-    draw = random.Random(seed)
+    draw = random.Random(name)
     count, past = draw.randint(FEWEST, most), draw.randint(0, history)
     chosen = draw.sample(items, count + past)
     ages = sorted((draw.randint(0, 400) for _ in range(past)), reverse=True)
     seen = [HistoryItem(sid, text, days) for (sid, text), days in zip(chosen[count:], ages, strict=True)]
     slate = [Candidate(str(place), sid, text, _evidence(template, draw)) for place, (sid, text) in enumerate(chosen[:count])]
-    view = make_view(f"drill:{seed}", seen, slate, replica=0)
+    view = make_view(f"drill:{name}", seen, slate, replica=0)
     said = evidence_of(view, template)
     names = [name for name in draw.sample(sorted(template.evidence), len(template.evidence)) if any(name in words for words in said)]
     need, pattern = names[:NEEDS], names[NEEDS : NEEDS + 2]

@@ -169,17 +169,22 @@ def between(first: str | None, last: str | None) -> list[Stage]:
 def fingerprint(stage: Stage, cfg: Config, ctx: Context) -> str:
     """Hash of all that decides what a stage makes: its settings, its code and everything that code imports, its inputs."""
     parts: dict[str, Any] = {
-        "config": cfg.digest("profile", "seed", *stage.sections),
+        **settings_of(stage, cfg),
         "date": str(ctx.date),
-        "code": code_hash(stage.module),
         "tables": {t: ctx.lake.version(t) if ctx.lake.exists(t) else None for t in stage.reads},
         "models": {m: _current(ctx.root, m) for m in stage.uses},
     }
-    if "prompt" in stage.sections:
-        parts["template"] = hashlib.sha256((PROJECT / "conf" / "prompts" / f"{cfg.prompt.template}.yaml").read_bytes()).hexdigest()
     if not stage.reads:
         parts["raw"] = _raw_listing(ctx)
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def settings_of(stage: Stage, cfg: Config) -> dict[str, str]:
+    """Hashes of what decides a stage beside its inputs: its settings, its code and everything that code imports, its prompt template."""
+    parts = {"config": cfg.digest("profile", "seed", *stage.sections), "code": code_hash(stage.module)}
+    if "prompt" in stage.sections:
+        parts["template"] = hashlib.sha256((PROJECT / "conf" / "prompts" / f"{cfg.prompt.template}.yaml").read_bytes()).hexdigest()
+    return parts
 
 
 def up_to_date(stage: Stage, ctx: Context, print_: str) -> bool:

@@ -143,7 +143,7 @@ class Feature(Section):
     """A column said in words: level = thresholds reached; level 0 is not said; `best` marks the list's largest value (level 1 at least).
 
     With `listed` the word does not stand in each candidate's line: it stands once, before the labels of so many candidates at most, the
-    best first. A small model reads such lists a hundred times sooner than words that it must bind to a line's label (docs/log.md).
+    best first. A small model learns to read such lists; words that it must bind to a line's label it did not (docs/log.md).
     """
 
     column: str = ""

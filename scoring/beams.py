@@ -1,7 +1,7 @@
 """Exact constrained beam search over the trie of live items: the pre-ranker's last step (METHOD 4).
 
     found = beam_search(model, sid_ids(tokenizer), trie, prompts, width=20, exclude=history_rows, pad=tokenizer.pad_token_id)
-    found.items_BW, found.logprobs_BW       # rows of the codes_NL that the trie was built from, best first; -1 and -inf: no more
+    found.items_BW, found.logprobs_BW  # rows of the codes_NL that the trie was built from, best first; -1 and -inf: no more
 
 No beam leaves the trie. Scores are the model's own log-probabilities over its whole vocabulary, only masked to what the trie allows, so the
 score of an item is log p(its tokens | prompt). Subtrees that hold only excluded items are closed from the start, so exclusion never
@@ -30,10 +30,11 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Found:
-    """Items of each prompt, best first."""
+    """Items of each prompt, best first, and the model's state after the prompt (float32, on the CPU)."""
 
     items_BW: Ints
     logprobs_BW: NDArray[np.float32]
+    states_BD: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -68,46 +69,30 @@ def beam_search(
         raise ModelError("a prompt is empty: give at least its first token")
     items_BW = np.full((len(prompts), width), -1, dtype=np.int64)
     logprobs_BW = np.full((len(prompts), width), -np.inf, dtype=np.float32)
+    states_BD = torch.zeros(len(prompts), model.config.hidden_size)
     model.eval()
     closed = _Closed(trie)
     for places in by_length(prompts, batch):
         dead = closed.nodes([exclude[i] for i in places] if exclude is not None else [[]] * len(places))
         with torch.inference_mode(), autocast(model, bf16):
-            items, logprobs = _search(model, sid_ids_LK, trie, [prompts[i] for i in places], width, dead, pad)
-        items_BW[places, : items.shape[1]], logprobs_BW[places, : items.shape[1]] = items, logprobs
-    return Found(items_BW, logprobs_BW)
+            found = _search(model, sid_ids_LK, trie, [prompts[i] for i in places], width, dead, pad)
+        kept = found.items_BW.shape[1]
+        items_BW[places, :kept], logprobs_BW[places, :kept], states_BD[places] = found.items_BW, found.logprobs_BW, found.states_BD
+    return Found(items_BW, logprobs_BW, states_BD)
 
 
-def with_item_scores(
-    found: Found,
-    model: Any,
-    tokens_NL: Ints,
-    prompts: Sequence[Sequence[int]],
-    weight: float,
-    *,
-    pad: int = 0,
-    batch: int = 64,
-    bf16: bool = True,
-) -> Found:
+def with_item_scores(found: Found, items_ND: torch.Tensor, weight: float) -> Found:
     """Orders what the beams found by log p(tokens) + weight * log p(item): beams propose, item vectors judge (LIGER, arXiv 2411.18814).
 
-    p(item) is the softmax over all items that mid-training learned with midtrain.item_weight: the state after the prompt against the sum
-    of each item's token rows (`tokens_NL`). The scores of the result are those sums.
+    p(item) is the softmax over all items that mid-training learned with midtrain.item_weight: the state after the prompt against the
+    items' vectors (`scoring.model.item_vectors`, of the same model). The scores of the result are those sums.
     """
-    table_VD = model.get_input_embeddings().weight.detach()
-    items_ND = table_VD[torch.from_numpy(tokens_NL).to(model.device)].sum(dim=1)
-    scores_BW = found.logprobs_BW.copy()
-    model.eval()
-    for places in by_length(prompts, batch):
-        ids_BT, lengths_B = right_padded([prompts[i] for i in places], pad)
-        with torch.inference_mode(), autocast(model, bf16):
-            states_BTD = hidden_states(model, input_ids=ids_BT.to(model.device), use_cache=False).last_hidden_state
-            logits_BN = states_BTD[torch.arange(len(places)), lengths_B - 1] @ items_ND.T
-        logps_BN = logits_BN.float().log_softmax(dim=-1).cpu().numpy()
-        items_BW = found.items_BW[places]
-        scores_BW[places] += weight * np.where(items_BW >= 0, np.take_along_axis(logps_BN, np.maximum(items_BW, 0), axis=1), 0.0)
+    with torch.inference_mode():
+        logps_BN = (found.states_BD.to(items_ND) @ items_ND.T).float().log_softmax(dim=-1).cpu().numpy()
+    own_BW = np.take_along_axis(logps_BN, np.maximum(found.items_BW, 0), axis=1)
+    scores_BW = (found.logprobs_BW + weight * np.where(found.items_BW >= 0, own_BW, 0.0)).astype(np.float32)
     order_BW = np.argsort(-scores_BW, axis=1, kind="stable")
-    return Found(np.take_along_axis(found.items_BW, order_BW, axis=1), np.take_along_axis(scores_BW, order_BW, axis=1))
+    return Found(np.take_along_axis(found.items_BW, order_BW, axis=1), np.take_along_axis(scores_BW, order_BW, axis=1), found.states_BD)
 
 
 class _Closed:
@@ -140,7 +125,7 @@ class _Closed:
 
 def _search(
     model: Any, sid_ids_LK: Ints, trie: Trie, prompts: list[Sequence[int]], width: int, dead: list[tuple[Ints, Ints]], pad: int
-) -> tuple[Ints, NDArray[np.float32]]:
+) -> Found:
     device, count = model.device, len(prompts)
     ids_BT, lengths_B = (tensor.to(device) for tensor in right_padded(prompts, pad))
     out = hidden_states(model, input_ids=ids_BT, use_cache=True)
@@ -169,7 +154,7 @@ def _search(
         )
         hidden_BWD = out.last_hidden_state
     items_BW = np.where(beams.nodes_BW >= 0, trie.items[np.maximum(beams.nodes_BW, 0)], -1)
-    return items_BW, beams.logps_BW.cpu().numpy()
+    return Found(items_BW, beams.logps_BW.cpu().numpy(), last_BD.float().cpu())
 
 
 def _extend(trie: Trie, depth: int, beams: _Beams, logps_BWK: torch.Tensor, width: int, dead: tuple[Ints, Ints]) -> tuple[Ints, _Beams]:

@@ -98,6 +98,17 @@ def sid_ids(tokenizer: Any) -> NDArray[np.int64]:
     return np.array([[found[level, code] for code in range(codes)] for level in range(levels)], dtype=np.int64)
 
 
+def item_tokens(sid_ids_LK: NDArray[np.int64], codes_NL: NDArray[np.integer]) -> NDArray[np.int64]:
+    """tokens_NL: the token of each code of each item."""
+    return sid_ids_LK[np.arange(len(sid_ids_LK)), codes_NL]
+
+
+def item_vectors(model: Any, tokens_NL: NDArray[np.int64]) -> torch.Tensor:
+    """items_ND: an item's vector is the sum of its tokens' embeddings."""
+    rows_VD = model.get_input_embeddings().weight
+    return rows_VD[torch.from_numpy(tokens_NL).to(rows_VD.device)].sum(dim=1)
+
+
 def label_ids(tokenizer: Any, labels: Sequence[str] = LABELS) -> list[int]:
     """Token of each label, as it stands after the opening of an answer. Raises ModelError where it is not one token everywhere."""
     ids = []

@@ -196,7 +196,7 @@ def beamed(cfg: Config, ctx: Context, rows: pa.Table) -> pa.Table:
 def ranked(cfg: Config, ctx: Context, rows: list[dict[str, Any]], fit: str, name: str) -> Iterator[dict[str, Any]]:
     """One row of `candidates` for each request, by the model `name`."""
     from scoring.beams import beam_search, with_item_scores
-    from scoring.model import load, sid_ids
+    from scoring.model import item_tokens, item_vectors, load, sid_ids
     from training.midtrain import start_id
 
     artifact = ctx.model(name, "midtrain")
@@ -206,7 +206,9 @@ def ranked(cfg: Config, ctx: Context, rows: list[dict[str, Any]], fit: str, name
     trie = Trie.build(codes_NL)
     hidden = _unknown_on(ctx, cfg, place_of)
     ids_LK = sid_ids(tokenizer)
-    prompts = Prompts(start_id(tokenizer), ids_LK, codes_NL, place_of, cfg.midtrain.history_items)
+    tokens_NL = item_tokens(ids_LK, codes_NL)
+    items_ND = item_vectors(model, tokens_NL).detach()
+    prompts = Prompts(start_id(tokenizer), tokens_NL, place_of, cfg.midtrain.history_items)
     rows = sorted(rows, key=lambda row: (len(row["history_ids"]), row["request_id"]))
     size = cfg.candidates.batch
     chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
@@ -215,8 +217,7 @@ def ranked(cfg: Config, ctx: Context, rows: list[dict[str, Any]], fit: str, name
         texts = [prompts.of(row["history_ids"]) for row in chunk]
         found = beam_search(model, ids_LK, trie, texts, cfg.candidates.beam, exclude, pad=tokenizer.pad_token_id, batch=size)
         if cfg.candidates.item_weight:
-            weight, pad = cfg.candidates.item_weight, tokenizer.pad_token_id
-            found = with_item_scores(found, model, prompts.tokens_NL, texts, weight, pad=pad, batch=size)
+            found = with_item_scores(found, items_ND, cfg.candidates.item_weight)
         for row, places, scores in zip(chunk, found.items_BW, found.logprobs_BW, strict=True):
             yield _row(cfg, row, fit, artifact.id, [ids[p] for p in places if p >= 0], scores)
 
@@ -224,8 +225,8 @@ def ranked(cfg: Config, ctx: Context, rows: list[dict[str, Any]], fit: str, name
 class Prompts:
     """What the pre-ranker reads: <bos> and the IDs of the last items, as many as leave room in a training window for one more."""
 
-    def __init__(self, bos: int, ids_LK: NDArray[np.int64], codes_NL: NDArray[np.int64], place_of: dict[str, int], window: int) -> None:
-        self.tokens_NL = ids_LK[np.arange(len(ids_LK))[None, :], codes_NL]
+    def __init__(self, bos: int, tokens_NL: NDArray[np.int64], place_of: dict[str, int], window: int) -> None:
+        self.tokens_NL = tokens_NL
         self.place_of, self.window, self.bos = place_of, max(1, window - 1), bos
 
     def of(self, history: list[str]) -> list[int]:

@@ -51,7 +51,7 @@ def run(cfg: Config, ctx: Context) -> Result:
 def by_day(ctx: Context) -> tuple[DataFrame, list[str]]:
     """Log lines of the days to read with their fields as text, and the files' names. Raises InputError for no such day."""
     root = ctx.raw_path()
-    paths = readers.files(root, [f"day={d}/events.jsonl.gz" for d in readers.known_days(ctx)] or ["day=*/events.jsonl.gz"])
+    paths = readers.files(root, [f"day={d}/events.jsonl.gz" for d in readers.known_days(ctx)])
     frame = readers.json_fields(readers.lines(ctx, paths, depth=2), FIELDS)
     timed = F.when(F.col("time").rlike(ISO), F.col("time").try_cast("timestamp"))
     ready = frame.withColumns({"event_time": timed, "needs_time": F.lit(True), "ingest_date": readers.day_of_file()})

@@ -4,11 +4,11 @@ Nothing is trusted before a rule has judged it: every field arrives as a string,
 that names it. Used by the stages `events` and `items`.
 """
 
+import contextlib
 import datetime as dt
 import gzip
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from py4j.protocol import Py4JJavaError
@@ -43,7 +43,7 @@ def files(root: Path, patterns: list[str], required: bool = True) -> list[Path]:
     return found
 
 
-@contextmanager
+@contextlib.contextmanager
 def reading() -> Iterator[None]:
     """Turns Spark's failure to read a file (truncated, not gzip) into an InputError that names the file."""
     try:
@@ -150,13 +150,25 @@ def keep_refused(ctx: Context, frame: DataFrame, target: str, reasons: dict[str,
 
 
 def known_days(ctx: Context) -> list[dt.date]:
-    """The days to read: the one of --date, else all up to the processed day (simulated), or all that have a folder."""
+    """The days to read: the one of --date, else all up to the processed day (simulated), or all that have a folder.
+
+    Raises InputError for a folder that names no day, or where there is none to read.
+    """
     if ctx.date:
         return [ctx.date]
     if ctx.cfg.data.source == "jsonl":
-        found = [p.name.removeprefix("day=") for p in sorted(ctx.raw_path().glob("day=*"))]
-        if wrong := [name for name in found if not re.fullmatch(r"\d{4}-\d{2}-\d{2}", name)]:
-            raise InputError(f"day={wrong[0]} is not a folder of a day: name it day=YYYY-MM-DD")
-        return [day for day in map(dt.date.fromisoformat, found) if day <= ctx.day]
+        days = [_day_of(folder.name) for folder in sorted(ctx.raw_path().glob("day=*"))]
+        if not (due := [day for day in days if day <= ctx.day]):
+            raise InputError(f"{ctx.raw_path()} has no day=*/events.jsonl.gz up to {ctx.day}")
+        return due
     start = dt.date.fromisoformat(ctx.cfg.simulator.start)
     return [start + dt.timedelta(days=i) for i in range((ctx.day - start).days + 1)]
+
+
+def _day_of(folder: str) -> dt.date:
+    """The day of `day=YYYY-MM-DD`."""
+    with contextlib.suppress(ValueError):
+        day = dt.date.fromisoformat(folder.removeprefix("day="))
+        if folder == f"day={day}":
+            return day
+    raise InputError(f"{folder} is not a folder of a day: name it day=YYYY-MM-DD")

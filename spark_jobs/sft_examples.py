@@ -14,7 +14,7 @@ lists (`gr2.drills`) teach models from scratch to read; they name no request.
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -76,18 +76,8 @@ def examples(ctx: Context, cfg: Config, tokenizer: Any, traces: list[dict[str, A
                 picked.append(entry)
             texts = render_texts(tokenizer, [view for _, view, _, _ in picked], cfg, mode, filled=False)
             for (trace, _, thought, order), prompt in zip(picked, texts, strict=True):
-                example = hashlib.sha256(f"{trace['sample_id']}\0{mode}".encode()).hexdigest()[:24]
-                yield {
-                    "example_id": example,
-                    "sample_id": trace["sample_id"],
-                    "request_id": trace["request_id"],
-                    "mode": mode,
-                    "source": trace["mode"],
-                    "prompt": prompt,
-                    "reasoning": format_thought(thought) if mode == "think" else EMPTY_THOUGHT,
-                    "answer": format_answer(order),
-                    "ordinal": seed_of("order", cfg.seed, example),
-                }
+                source = {"sample_id": trace["sample_id"], "request_id": trace["request_id"], "source": trace["mode"]}
+                yield {**source, **_example(cfg, trace["sample_id"], mode, prompt, thought, order)}
 
 
 def drills(ctx: Context, cfg: Config, tokenizer: Any) -> list[dict[str, Any]]:
@@ -96,26 +86,27 @@ def drills(ctx: Context, cfg: Config, tokenizer: Any) -> list[dict[str, Any]]:
         return []
     items, template = catalogue(ctx), template_of(cfg.prompt)
     limits = {"history": cfg.prompt.history_items, "most": cfg.candidates.n}
-    made = [drill(items, template, seed_of("drill", cfg.seed, number), **limits) for number in range(cfg.sft.drills)]
+    made = [drill(items, template, f"{cfg.seed}:{number}", **limits) for number in range(cfg.sft.drills)]
     prompts = render_texts(tokenizer, [view for view, _, _ in made], cfg, "think", filled=False)
     rows = []
     for (view, thought, order), prompt, ids in zip(made, prompts, encode_all(tokenizer, [t for _, t, _ in made]), strict=True):
         if len(ids) <= cfg.prompt.max_thought_tokens:
-            example = hashlib.sha256(view.request_id.encode()).hexdigest()[:24]
-            rows.append(
-                {
-                    "example_id": example,
-                    "sample_id": view.request_id,
-                    "request_id": view.request_id,
-                    "mode": "think",
-                    "source": "drill",
-                    "prompt": prompt,
-                    "reasoning": format_thought(thought),
-                    "answer": format_answer(order),
-                    "ordinal": seed_of("order", cfg.seed, example),
-                }
-            )
+            named = {"sample_id": view.request_id, "request_id": view.request_id, "source": "drill"}
+            rows.append({**named, **_example(cfg, view.request_id, "think", prompt, thought, order)})
     return rows
+
+
+def _example(cfg: Config, sample: str, mode: str, prompt: str, thought: str, order: Sequence[str]) -> dict[str, Any]:
+    """What is taught, and its place among the others: a hash of sample and mode."""
+    example = hashlib.sha256(f"{sample}\0{mode}".encode()).hexdigest()[:24]
+    return {
+        "example_id": example,
+        "mode": mode,
+        "prompt": prompt,
+        "reasoning": format_thought(thought) if mode == "think" else EMPTY_THOUGHT,
+        "answer": format_answer(order),
+        "ordinal": seed_of("order", cfg.seed, example),
+    }
 
 
 def taught(sample_id: str, mode: str, cfg: Config) -> bool:

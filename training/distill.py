@@ -16,9 +16,10 @@ import torch
 from gr2.config import Config
 from gr2.context import Context, Result
 from gr2.errors import InputError
-from scoring.model import encode_all, hidden_states, label_ids, load
+from scoring.model import encode_all, label_ids, load
 from training.data import Batch, Example
 from training.fitting import fit
+from training.loop import learned_states
 from training.losses import distill_loss
 from training.sft import loader_of
 
@@ -38,13 +39,13 @@ def run(cfg: Config, ctx: Context) -> Result:
     inputs = {"tables": {"distill_examples": ctx.lake.version("distill_examples")}, "models": {"sft": base.hash}}
     loss_fn = taught.loss_fn(cfg.distill.label_weight, cfg.distill.order_weight)
     loader = loader_of(cfg, ctx, "fast", examples, cfg.distill.train)
-    summary = fit(cfg, ctx, "fast", model, tokenizer, loader, cfg.distill.train, loss_fn, inputs, __name__)
+    summary = fit(cfg, ctx, "distill", "fast", model, tokenizer, loader, cfg.distill.train, loss_fn, inputs)
     detail = {"steps": summary.steps, "loss": round(summary.last_loss, 4)}
     return Result(rows_in=table.num_rows, rows_out=summary.steps, tokens=summary.tokens, detail=detail)
 
 
 class Taught:
-    """What the source said of each example. Shapes: E examples, N labels of a list (padded), M examples of a batch."""
+    """What the source said of each example. Shapes: E examples, N labels of a list (padded), M examples of a batch, V vocabulary."""
 
     def __init__(self, ids_EN: torch.Tensor, logp_EN: torch.Tensor, counts_E: torch.Tensor) -> None:
         self.ids_EN, self.logp_EN, self.counts_E = ids_EN, logp_EN, counts_E
@@ -55,7 +56,8 @@ class Taught:
         def loss(model: Any, batch: Batch) -> tuple[torch.Tensor, dict[str, float | torch.Tensor]]:
             learned_BT = batch.learned_BT
             places_M = batch.extra[PLACE][learned_BT].round().long().cpu()
-            student_MV = first_logprobs(model, batch)
+            hidden_MD, _ = learned_states(model, batch)
+            student_MV = torch.log_softmax(model.get_output_embeddings()(hidden_MD).float(), dim=-1)
             total = student_MV.new_zeros(())
             right = 0.0
             for count in self.counts_E[places_M].unique().tolist():  # lists of one length at a time: mostly there is only one
@@ -68,14 +70,6 @@ class Taught:
             return total / batch.norm, {"same_first": right / batch.norm}
 
         return loss
-
-
-def first_logprobs(model: Any, batch: Batch) -> torch.Tensor:
-    """(M, V) log-probabilities of the token at each learned place, which is the first label."""
-    inputs = {"input_ids": batch.input_ids_BT, "position_ids": batch.position_ids_BT, "attention_mask": batch.mask_B1TT()}
-    hidden_BTD = hidden_states(model, **inputs, use_cache=False).last_hidden_state
-    hidden_MD = hidden_BTD[:, :-1][batch.learned_BT[:, 1:]]
-    return torch.log_softmax(model.get_output_embeddings()(hidden_MD).float(), dim=-1)
 
 
 def to_examples(tokenizer: Any, table: pa.Table) -> tuple[list[Example], Taught]:

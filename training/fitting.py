@@ -1,6 +1,6 @@
 """What supervised trainers share: from a stream of batches to a published model, and the manifest that says what decided it.
 
-summary = fit(cfg, ctx, "sft", model, tokenizer, loader, settings, supervised, {"tables": {...}, "models": {...}}, __name__)
+summary = fit(cfg, ctx, "sft", "sft-teacher", model, tokenizer, loader, settings, supervised, {"tables": {...}, "models": {...}})
 """
 
 import contextlib
@@ -30,6 +30,7 @@ def supervised(model: Any, batch: Batch) -> tuple[torch.Tensor, dict[str, float 
 def fit(
     cfg: Config,
     ctx: Context,
+    stage: str,
     name: str,
     model: Any,
     tokenizer: Any,
@@ -37,18 +38,16 @@ def fit(
     settings: Training,
     loss_fn: LossFn,
     inputs: dict[str, Any],
-    module: str,
     *,
     notes: dict[str, Any] | None = None,
     validate: Callable[[Any], dict[str, float]] | None = None,
 ) -> Summary:
-    """Trains with the shared loop and publishes the model `name`. `module`: whose code decides it. `notes`: more for the manifest.
+    """Trains with the shared loop and publishes the model `name` of a stage. `notes`: more for the manifest.
 
     A model that was published from the very same inputs, settings and code is kept, so a stage that was killed between two of its models
     goes on with the second; `model` is then left as it came.
     """
-    manifest = manifest_of(cfg, settings, inputs)
-    manifest["fingerprint"] = fingerprint(name, manifest, module)
+    manifest = manifest_of(cfg, stage, name, settings, inputs)
     if kept := _published(ctx, name, manifest["fingerprint"]):
         ctx.log(f"{name}: trained before from the same inputs, settings and code: kept")
         return kept
@@ -89,21 +88,20 @@ def _published(ctx: Context, name: str, wanted: str) -> Summary | None:
     return Summary(manifest["steps"], manifest["tokens"], manifest["seconds"], manifest["loss"])
 
 
-def manifest_of(cfg: Config, settings: Training, inputs: dict[str, Any]) -> dict[str, Any]:
-    """What decided a model: its inputs by version and hash, the seed, the settings, the configuration's digest."""
+def manifest_of(cfg: Config, stage: str, name: str, settings: Training, inputs: dict[str, Any]) -> dict[str, Any]:
+    """What decided a model: its inputs by version and hash, the seed, the settings; `fingerprint` is the hash of all that does.
+
+    A checkpoint, or a published model, of another fingerprint is not taken up.
+    """
+    decides = {"name": name, "inputs": inputs, **pipeline.settings_of(pipeline.get(stage), cfg)}
     return {
         "inputs": inputs,
         "seed": cfg.seed,
         "training": settings.model_dump(mode="json"),
         "config": cfg.digest(),
         "profile": cfg.profile,
+        "fingerprint": hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12],
     }
-
-
-def fingerprint(name: str, manifest: dict[str, Any], module: str) -> str:
-    """Hash of what decides a training: a checkpoint of another fingerprint is not taken up."""
-    decides = {k: manifest[k] for k in ("inputs", "seed", "training")} | {"name": name, "code": pipeline.code_hash(module)}
-    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from gr2.errors import ConfigError
 from gr2.sids import Trie
+from scoring.model import item_tokens, item_vectors
 from training.data import Batch
 from training.loop import learned_states, state_logprobs
 
@@ -25,10 +26,10 @@ from training.loop import learned_states, state_logprobs
 class ItemLoss:
     """Token loss plus `weight` times the item loss, as one micro-batch's share of the step. An item counts as much as its L tokens."""
 
-    def __init__(self, codes_NL: NDArray[np.integer], sid_ids_LK: NDArray[np.integer], weight: float) -> None:
+    def __init__(self, codes_NL: NDArray[np.int64], sid_ids_LK: NDArray[np.int64], weight: float) -> None:
         self.trie, self.weight, self.levels = Trie.build(codes_NL), weight, len(sid_ids_LK)
-        self.tokens_NL = torch.from_numpy(sid_ids_LK[np.arange(self.levels), codes_NL].astype(np.int64))
-        self.level_V = np.full(int(sid_ids_LK.max()) + 1, -1)
+        self.tokens_NL = item_tokens(sid_ids_LK, codes_NL)
+        self.level_V = np.full(int(sid_ids_LK.max()) + 2, -1)  # the last place stands for all tokens beyond
         self.code_V = np.zeros_like(self.level_V)
         for level, ids_K in enumerate(sid_ids_LK):
             self.level_V[ids_K], self.code_V[ids_K] = level, np.arange(len(ids_K))
@@ -40,10 +41,9 @@ class ItemLoss:
         places_I, items_I = (torch.from_numpy(a).to(hidden_MD.device) for a in self.starts(targets_M.cpu().numpy()))
         if not len(places_I):
             return loss, {"item_loss": 0.0}
-        rows_VD = model.get_input_embeddings().weight
-        if hasattr(rows_VD, "ds_id"):
+        if hasattr(model.get_input_embeddings().weight, "ds_id"):
             raise ConfigError("the item loss reads the embeddings whole: set midtrain.item_weight to 0, or zero_stage to 2 or less")
-        items_ND = rows_VD[self.tokens_NL.to(hidden_MD.device)].sum(dim=1)
+        items_ND = item_vectors(model, self.tokens_NL)
         logits_IN = (hidden_MD[places_I] @ items_ND.T.to(hidden_MD.dtype)).float()
         nll_I = torch.nn.functional.cross_entropy(logits_IN, items_I, reduction="none")
         share = self.levels * (weights_M[places_I] * nll_I).sum() / batch.norm
@@ -54,8 +54,8 @@ class ItemLoss:
 
         The tokens of an item are learned together, so they stand side by side in `targets_M`.
         """
-        known_M = np.where(targets_M < len(self.level_V), targets_M, 0)
-        level_M = np.where(targets_M < len(self.level_V), self.level_V[known_M], -1)
+        known_M = np.minimum(targets_M, len(self.level_V) - 1)
+        level_M = self.level_V[known_M]
         first_I = np.flatnonzero(level_M == 0)
         first_I = first_I[first_I + self.levels <= len(targets_M)]
         window_IL = first_I[:, None] + np.arange(self.levels)

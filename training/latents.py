@@ -30,7 +30,7 @@ from gr2.metrics import kendall_tau, ndcg_at
 from gr2.prompts import ANSWER_OPEN, EMPTY_THOUGHT, LABELS, Template, clean, format_answer, load_template
 from schemas.base import FLOAT, INT, STRING, list_of
 from scoring.model import autocast, encode, encode_all, hidden_states, label_ids, label_logprobs, load, right_padded
-from training.fitting import fingerprint, manifest_of, publishing
+from training.fitting import manifest_of, publishing
 from training.loop import train
 from training.rollouts import Task, read_tasks
 
@@ -51,8 +51,8 @@ def run(cfg: Config, ctx: Context) -> Result:
     settings = cfg.latents.train
     stream = Stream(learn, settings.tokens_per_batch, cfg.seed)
     ctx.log(f"latents: {len(learn)} prompts, {settings.max_steps} steps, about {settings.max_steps * settings.tokens_per_batch:,} tokens")
-    names = ("rl_prompts", "items", "semantic_ids")
-    manifest = manifest_of(cfg, settings, {"tables": {t: ctx.lake.version(t) for t in names}, "models": {"rl": base.hash}})
+    tables = {t: ctx.lake.version(t) for t in ("rl_prompts", "items", "semantic_ids")}
+    manifest = manifest_of(cfg, "latents", "latents", settings, {"tables": tables, "models": {"rl": base.hash}})
     before = measure(model, compressor, tokenizer, items, held_out)
     with publishing(ctx, "latents", manifest) as folder:
         summary = train(
@@ -65,7 +65,7 @@ def run(cfg: Config, ctx: Context) -> Result:
             ctx=ctx,
             checkpoint=ctx.work("latents", "checkpoint"),
             seed=cfg.seed,
-            fingerprint=fingerprint("latents", manifest, __name__),
+            fingerprint=manifest["fingerprint"],
             label="latents",
         )
         after = measure(model, compressor, tokenizer, items, held_out)

@@ -1,17 +1,11 @@
 """The losses of SFT, RL, on-policy distillation and reasoning distillation, as pure functions of log-probabilities.
 
-Shapes: B rows, T tokens of a row, V vocabulary, P prompts, G samples of a prompt, N labels. All log-probabilities are natural and float32.
+Shapes: B rows, T tokens of a row, P prompts, G samples of a prompt, N labels. All log-probabilities are natural and float32.
 """
 
 import torch
 
 EPSILON = 1e-4  # added to a group's standard deviation, as in TRL's GRPO
-
-
-def token_logprobs(logits_BTV: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
-    """log p(target) at each position, (B, T), without a second copy of the vocabulary axis kept for the backward pass."""
-    chosen_BT = logits_BTV.gather(-1, targets_BT[..., None]).squeeze(-1).float()
-    return chosen_BT - torch.logsumexp(logits_BTV.float(), dim=-1)
 
 
 def sft_loss(logp_BT: torch.Tensor, weights_BT: torch.Tensor, norm: float | None = None) -> torch.Tensor:

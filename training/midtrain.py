@@ -232,9 +232,9 @@ def _fit(
         "models": {"tokenizer": ctx.model("tokenizer", "tokenizer").hash},
     }
     notes: dict[str, Any] = {"fit": fit_of, "parameters": sum(p.numel() for p in model.parameters())}
-    if cfg.models.student.base is None:
+    if (cfg.models.teacher if name == "midtrain-teacher" else cfg.models.student).base is None:
         notes["unread"] = mix.unread(len(tokenizer))
-    summary = fit(cfg, ctx, name, model, tokenizer, loader, settings, loss_fn, inputs, __name__, notes=notes, validate=validate)
+    summary = fit(cfg, ctx, STAGE, name, model, tokenizer, loader, settings, loss_fn, inputs, notes=notes, validate=validate)
     result.tokens += summary.tokens
     result.rows_out += summary.steps
     result.detail[name] = {"steps": summary.steps, "loss": round(summary.last_loss, 4), "seconds": round(summary.seconds, 1)}

@@ -17,7 +17,7 @@ from gr2.config import RL
 from scoring.model import autocast, hidden_states
 from training import losses
 from training.data import Batch
-from training.loop import LossFn
+from training.loop import LossFn, state_logprobs
 from training.rollouts import Rollout
 
 
@@ -93,7 +93,7 @@ def _tree(rows: Sequence[dict[str, np.ndarray]]) -> Tree:
     return Tree(**tokens, segment_ids_BT=segment_ids_BT, weights_BT=weights_BT, extra=extra, norm=float(weights_BT.sum()))
 
 
-def tree_logprobs(model: Any, tree: Tree, temperature: float = 1.0, chunk: int = 4096) -> torch.Tensor:
+def tree_logprobs(model: Any, tree: Tree, temperature: float = 1.0) -> torch.Tensor:
     """logp_BT: log-probability of each answer token given its own answer so far and the prompt; 0 elsewhere."""
     hidden_BTD = hidden_states(
         model, input_ids=tree.input_ids_BT, position_ids=tree.position_ids_BT, attention_mask=tree.mask_B1TT(), use_cache=False
@@ -101,13 +101,8 @@ def tree_logprobs(model: Any, tree: Tree, temperature: float = 1.0, chunk: int =
     learned_BT = tree.learned_BT
     rows_M = learned_BT.nonzero()[:, 0]
     hidden_MD = hidden_BTD[rows_M, tree.extra["source"][learned_BT]]
-    targets_M = tree.input_ids_BT[learned_BT]
-    head = model.get_output_embeddings()
-    parts = [
-        losses.token_logprobs(head(hidden_MD[at : at + chunk]).float() / temperature, targets_M[at : at + chunk])
-        for at in range(0, len(targets_M), chunk)
-    ]
-    return torch.zeros_like(tree.weights_BT).masked_scatter(learned_BT, torch.cat(parts))
+    logps_M = state_logprobs(model, hidden_MD, tree.input_ids_BT[learned_BT], temperature)
+    return torch.zeros_like(tree.weights_BT).masked_scatter(learned_BT, logps_M)
 
 
 @torch.no_grad()

@@ -40,7 +40,7 @@ def run(cfg: Config, ctx: Context) -> Result:
         examples = to_examples(tokenizer, table, cfg.sft.reasoning_weight, cfg.sft.answer_weight)
         inputs = {"tables": {"sft_examples": ctx.lake.version("sft_examples")}, "models": {start: base.hash}}
         loader = loader_of(cfg, ctx, name, examples, settings)
-        summary = fit(cfg, ctx, name, model, tokenizer, loader, settings, supervised, inputs, __name__)
+        summary = fit(cfg, ctx, STAGE, name, model, tokenizer, loader, settings, supervised, inputs)
         result.tokens += summary.tokens
         result.rows_out += summary.steps
         result.detail[name] = {"steps": summary.steps, "loss": round(summary.last_loss, 4)}

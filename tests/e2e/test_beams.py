@@ -10,7 +10,7 @@ from gr2.config import Model
 from gr2.errors import ModelError
 from gr2.sids import Trie, sid_tokens
 from scoring.beams import beam_search, with_item_scores
-from scoring.model import build_model, build_vocabulary, sid_ids
+from scoring.model import build_model, build_vocabulary, item_tokens, item_vectors, sid_ids
 
 pytestmark = pytest.mark.e2e
 LEVELS, CODES, ITEMS = 3, 8, 60
@@ -41,7 +41,9 @@ def enumerate_items(model: Any, prompt: list[int], tokens_NL: np.ndarray) -> np.
 
 
 def tokens_of(tokenizer: Any, codes_NL: np.ndarray) -> np.ndarray:
-    return np.stack([sid_ids(tokenizer)[level][codes_NL[:, level]] for level in range(codes_NL.shape[1])], axis=1)
+    tokens_NL = np.stack([sid_ids(tokenizer)[level][codes_NL[:, level]] for level in range(codes_NL.shape[1])], axis=1)
+    assert np.array_equal(item_tokens(sid_ids(tokenizer), codes_NL), tokens_NL)
+    return tokens_NL
 
 
 def test_wide_beams_are_the_enumeration_of_all_items(world: Any) -> None:
@@ -59,8 +61,8 @@ def test_item_scores_are_the_softmax_over_items_added_to_the_beams(world: Any) -
     model, tokenizer, codes_NL, trie, prompts = world
     tokens_NL, pad = tokens_of(tokenizer, codes_NL), tokenizer.pad_token_id
     found = beam_search(model, sid_ids(tokenizer), trie, prompts, 12, [[0], [1], [], [], []], pad=pad, bf16=False)
-    both = with_item_scores(found, model, tokens_NL, prompts, 0.5, pad=pad, batch=2, bf16=False)
     items_ND = model.get_input_embeddings().weight.detach()[tokens_NL].sum(dim=1)
+    both = with_item_scores(found, item_vectors(model, tokens_NL), 0.5)
     for row, prompt in enumerate(prompts):
         with torch.inference_mode():
             state_D = model.base_model(torch.tensor([prompt])).last_hidden_state[0, -1]
@@ -74,7 +76,7 @@ def test_rows_without_enough_items_keep_their_gaps_last(world: Any) -> None:
     model, tokenizer, codes_NL, trie, prompts = world
     exclude = [list(range(5, ITEMS))]
     found = beam_search(model, sid_ids(tokenizer), trie, prompts[:1], 9, exclude, pad=tokenizer.pad_token_id, bf16=False)
-    both = with_item_scores(found, model, tokens_of(tokenizer, codes_NL), prompts[:1], 1.0, pad=tokenizer.pad_token_id, bf16=False)
+    both = with_item_scores(found, item_vectors(model, tokens_of(tokenizer, codes_NL)), 1.0)
     assert sorted(both.items_BW[0, :5].tolist()) == [0, 1, 2, 3, 4]
     assert (both.items_BW[0, 5:] == -1).all()
     assert np.isneginf(both.logprobs_BW[0, 5:]).all()

@@ -36,6 +36,9 @@ def test_sft_learns_the_format_and_a_rerun_gives_the_same_model(make_ctx):
     shutil.rmtree(ctx.root / "models" / "sft")
     sft.run(ctx.cfg, ctx)
     assert ctx.model("sft", "sft").hash == first.hash, "trained again, it is the same model"
+    other = make_ctx([*QUICK, "sft.reasoning_weight=0.9"])
+    sft.run(other.cfg, other)
+    assert other.model("sft", "sft").hash != first.hash, "other settings, not those of the trainer alone: trained anew"
 
 
 def test_the_loss_weighs_thought_and_answer_and_reads_the_prompt(ctx):

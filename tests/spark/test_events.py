@@ -118,9 +118,15 @@ def test_days_one_by_one_in_any_order_equal_all_at_once(make_ctx, tmp_path):
 def test_logs_of_ones_own_come_as_a_folder_a_day(make_ctx, tmp_path):
     raw = tmp_path / "raw"
     ctx = make_ctx(["data.source=jsonl", f"data.path={raw}"])
-    raw.mkdir()
-    with pytest.raises(InputError, match=r"has no day=\*/events\.jsonl\.gz"):
-        events.run(ctx.cfg, ctx)
+    for wrong, said in (
+        ("day=2999-01-01", "has no day="),
+        ("day=2026-1-1", "not a folder of a day"),
+        ("day=2026-02-30", "not a folder of a day"),
+    ):
+        (raw / wrong).mkdir(parents=True)
+        with pytest.raises(InputError, match=said):
+            events.run(ctx.cfg, ctx)
+        (raw / wrong).rmdir()
     for number in (1, 2, 3):
         folder = raw / f"day=2026-01-0{number}"
         folder.mkdir()

@@ -16,7 +16,7 @@ TEMPLATE = LINES
 @pytest.mark.parametrize("template", [LINES, LISTS], ids=["lines", "lists"])
 def test_answers_follow_the_thought_and_name_every_label_once(template):
     for seed in range(200):
-        view, thought, order = drill(ITEMS, template, seed, history=4, most=8)
+        view, thought, order = drill(ITEMS, template, str(seed), history=4, most=8)
         parsed = parse(format_thought(thought) + format_answer(order), view.labels, "think")
         assert parsed.order == order
         cited = [word[1] for word in thought.split() if word.startswith("@")]
@@ -28,7 +28,7 @@ def test_answers_follow_the_thought_and_name_every_label_once(template):
 def test_the_list_is_sorted_by_the_evidence_that_the_thought_needs():
     one = LISTS.model_copy(update={"evidence": {"like": LISTS.evidence["like"], "next": LISTS.evidence["next"]}})
     for seed in range(100):
-        view, _, order = drill(ITEMS, one, seed)
+        view, _, order = drill(ITEMS, one, str(seed))
         said = dict(zip(view.labels, evidence_of(view, one), strict=True))
         led = {label for label in view.labels if {"like_best", "next_best"} & said[label].keys()}
         assert order[0] in led or not any(said.values()), "who leads in what is needed stands first"
@@ -38,7 +38,7 @@ def test_the_list_is_sorted_by_the_evidence_that_the_thought_needs():
 
 def test_a_thought_claims_only_what_its_lines_show():
     for seed in range(50):
-        view, thought, _ = drill(ITEMS, TEMPLATE, seed)
+        view, thought, _ = drill(ITEMS, TEMPLATE, str(seed))
         true = set(evidence_words(view, TEMPLATE))
         for claim in thought.partition("compare ")[2].rstrip(".").split(", "):
             label, *words = claim.split()
@@ -47,12 +47,12 @@ def test_a_thought_claims_only_what_its_lines_show():
 
 
 def test_equal_seeds_give_equal_drills_and_all_places_lead_alike():
-    assert drill(ITEMS, LISTS, 5) == drill(ITEMS, LISTS, 5)
-    assert render(drill(ITEMS, LISTS, 5)[0], LISTS, "think") != render(drill(ITEMS, LISTS, 6)[0], LISTS, "think")
+    assert drill(ITEMS, LISTS, "5") == drill(ITEMS, LISTS, "5")
+    assert render(drill(ITEMS, LISTS, "5")[0], LISTS, "think") != render(drill(ITEMS, LISTS, "6")[0], LISTS, "think")
     bare = LISTS.model_copy(update={"evidence": {"next": LISTS.evidence["next"]}})
     first: Counter[int] = Counter()
     for seed in range(3000):
-        view, _, order = drill(ITEMS, bare, seed, history=0, most=FEWEST)
+        view, _, order = drill(ITEMS, bare, str(seed), history=0, most=FEWEST)
         if any(evidence_of(view, bare)):
             first[view.labels.index(order[0])] += 1
     total = sum(first.values())
@@ -62,11 +62,11 @@ def test_equal_seeds_give_equal_drills_and_all_places_lead_alike():
 def test_every_word_of_the_template_is_drilled():
     said: set[str] = set()
     for seed in range(400):
-        said |= set(evidence_words(drill(ITEMS, TEMPLATE, seed, most=10)[0], TEMPLATE))
+        said |= set(evidence_words(drill(ITEMS, TEMPLATE, str(seed), most=10)[0], TEMPLATE))
     places = {word for word in TEMPLATE.vocabulary if word.startswith("prior")}
     assert TEMPLATE.vocabulary - said - places == set(), "words of level and trend come, and so do the best marks"
 
 
 def test_a_catalogue_that_is_too_small_is_refused():
     with pytest.raises(ValueError, match="larger than population"):
-        drill(ITEMS[:2], TEMPLATE, 1)
+        drill(ITEMS[:2], TEMPLATE, "1")

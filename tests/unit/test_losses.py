@@ -15,13 +15,6 @@ pytestmark = pytest.mark.unit
 FLOATS = st.floats(-4, 4, width=32)
 
 
-def test_token_logprobs_equal_log_softmax():
-    logits_BTV = torch.randn(2, 5, 11)
-    targets_BT = torch.randint(0, 11, (2, 5))
-    expected = torch.log_softmax(logits_BTV, -1).gather(-1, targets_BT[..., None])[..., 0]
-    torch.testing.assert_close(losses.token_logprobs(logits_BTV, targets_BT), expected)
-
-
 def test_sft_loss_is_the_weighted_sum_of_two_parts():
     logp = torch.tensor([[-1.0, -2.0, -3.0, -4.0]])
     weights = torch.tensor([[0.0, 0.3, 0.3, 1.0]])  # prompt, reasoning, reasoning, answer
