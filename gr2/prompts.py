@@ -35,7 +35,7 @@ LABELS = tuple("ABCDEFGHIJKLMNOPQRST")
 THINK, END_THINK = "<think>", "</think>"
 EMPTY_THOUGHT = THINK + END_THINK
 ANSWER_OPEN, ANSWER_SEPARATOR, ANSWER_CLOSE = '["', '","', '"]'
-DEFAULT = "rerank_v1"
+DEFAULT = "rerank_v2"
 # What a prompt may show: columns of candidate_features (`grade` is the label and never among them), and two that are derived: `place`, the
 # incoming place, and `trend` = recent - popularity, the log share of an item's choices that decay has left (0: all of late).
 DERIVED = frozenset({"place", "trend"})

@@ -19,8 +19,7 @@ def make_ctx(tmp_path: Path) -> Callable[..., Context]:
     """`make_ctx(["rl.group=4"], profile="demo")`: a context whose root is this test's own folder."""
 
     def make(overrides: list[str] | None = None, profile: str = "demo") -> Context:
-        form = ["prompt.template=rerank_v1"] if profile == "demo" else []  # the worlds of these tests are written in its words
-        return Context(load(profile, [f"paths.root={tmp_path / 'root'}", *form, *(overrides or [])]))
+        return Context(load(profile, [f"paths.root={tmp_path / 'root'}", *(overrides or [])]))
 
     return make
 
