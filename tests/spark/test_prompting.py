@@ -75,7 +75,7 @@ def test_prompts_keep_to_their_budget_by_leaving_out_the_oldest(make_ctx):
     assert changed
     for view, old, new in changed:
         assert len(encode(tokenizer, old)) > limit
-        title = load_template().candidates_title
+        title = f"\n{load_template().candidates_title}\n"
         assert new.partition(title)[2] == old.partition(title)[2], "candidates and evidence stay whole"
         left = new.partition(title)[0].count("<a_")
         assert left < len(view.history)

@@ -15,7 +15,7 @@ from spark_jobs.prompting import Requests, render_texts
 from spark_jobs.sft_examples import taught
 
 pytestmark = pytest.mark.spark
-SHARES = ["sft.modes.think=0.6", "sft.modes.direct=0.4"]
+SHARES = ["sft.modes.think=0.6", "sft.modes.direct=0.4", "sft.drills=0"]
 
 
 @pytest.fixture
@@ -54,12 +54,12 @@ def test_examples_teach_accepted_orders_with_the_prompt_the_student_sees(traced,
     assert ctx.lake.version("sft_examples") == version, "a rerun makes no new version"
     assert ctx.lake.read("sft_examples", order_by=["ordinal"]).to_pylist() == rows
 
-    both = make_ctx(
-        ["sft.traces=both", "sft.modes.think=1", "sft.modes.direct=1", "traces.max_requests=40", "traces.no_target_requests=3"]
-    ).cfg
-    many = sft_examples.run(both, ctx).rows_out
-    assert many == 2 * sum(t["verdict"] == "accepted" for t in traces.values())
-    assert {r["source"] for r in ctx.lake.read("sft_examples").to_pylist()} == {"rejection", "targeted"}
+    wide = ["sft.traces=both", "sft.modes.think=1", "sft.modes.direct=1", "sft.drills=20"]
+    both = make_ctx([*wide, "traces.max_requests=40", "traces.no_target_requests=3"]).cfg
+    many = sft_examples.run(both, ctx).detail
+    assert many["think"] == many["direct"] == sum(t["verdict"] == "accepted" for t in traces.values())
+    assert 0 < many["drill"] <= 20, "those whose thought is too long are left out"
+    assert {r["source"] for r in ctx.lake.read("sft_examples").to_pylist()} == {"rejection", "targeted", "drill"}
 
     short = make_ctx(["prompt.max_thought_tokens=5", "sft.modes.direct=0"]).cfg
     with pytest.raises(AuditError, match="no usable trace"):  # the prompt settings are part of the teacher's name
