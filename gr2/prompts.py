@@ -45,7 +45,7 @@ COLUMNS = DERIVED | frozenset(
 )
 SMALL_IS_GOOD = frozenset({"place", "prior_gap"})
 NOBODY = "Z"  # a label that is never given out: it fills a list of labels, so that every place of it stands at the same distance
-COMPARED = 3  # candidates that a program's thought compares; the others keep the incoming order
+COMPARED = 3  # candidates that a program's thought compares: the one it puts first, and the first of the others
 BY_PLACE = ("incoming_rank", "prior_score", "prior_gap")  # belong to a place in the incoming order, not to the item in it
 WORD = re.compile(r"[a-z]+[A-Z][a-z]+")  # the shape of every evidence word
 _FIELDS = {

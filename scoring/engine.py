@@ -64,7 +64,7 @@ class Engine(Protocol):
 
     @property
     def name(self) -> str:
-        """Kind and model, such as vllm:rl@ab12 or evidence:2."""
+        """Kind and model, such as vllm:rl@ab12 or evidence:3."""
         ...
 
     def generate(self, asks: Sequence[Ask]) -> list[Answer]:

@@ -1,8 +1,8 @@
-"""The evidence teacher: a program, not a language model. It ranks by the evidence tables; its rationale follows from its ranking.
+"""The evidence teacher: a program, not a language model. It picks by the evidence tables; its rationale follows from its ranking.
 
-It says what it is everywhere: its name is `evidence:2`. A ranking is a draw from a conditional logit (McFadden 1974; with Gumbel noise a
-Plackett-Luce draw, Yellott 1977): score = w . features + temperature * Gumbel. The weights are fitted on the re-ranker's own training
-lists in two folds of users, so that no list of a user taught the weights which rank that user's lists.
+It says what it is everywhere: its name is `evidence:3`. Who comes first is a draw from a conditional logit (McFadden 1974): the largest
+of score = w . features + temperature * Gumbel. The weights are fitted on the re-ranker's own training lists in two folds of users, so
+that no list of a user taught the weights which rank that user's lists.
 
 In the targeted mode the target's score gets a boost and the rationale is written for the boosted order: post hoc, as a model's would be.
 
@@ -18,11 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gr2.errors import EngineError
-from gr2.prompts import COMPARED, Template, compose_thought, format_answer, format_thought
+from gr2.prompts import Template, compose_thought, format_answer, format_thought
 from scoring.engine import Answer, Ask, failed, seed_of
 
 Floats = NDArray[np.float64]
-NAME = "evidence:2"
+NAME = "evidence:3"
 FOLDS = 2
 RIDGE = 100.0  # of the standardised weights, against the sum over lists
 BOOST = 8.0  # of the target's score in the targeted mode: it nearly always comes first
@@ -189,11 +189,10 @@ class EvidenceEngine:
         if ask.target is not None:
             scores_N[[c.item_id for c in view.candidates].index(ask.target)] += BOOST
         noise_N = np.random.default_rng(ask.seed).gumbel(size=len(scores_N))
-        order = np.argsort(-(scores_N + ask.temperature * noise_N), kind="stable")
-        # What the thought does not compare keeps its place: an order that nothing tells of would be noise to learn from.
-        compared = order[:COMPARED].tolist()
-        ranking = [view.labels[place] for place in (*compared, *(p for p in range(len(order)) if p not in compared))]
-        ahead_F = added_NF[order[0]] - added_NF.mean(axis=0)  # what puts the leader ahead of a usual candidate
+        leader = int(np.argmax(scores_N + ask.temperature * noise_N))
+        # The drawn leader comes first and the others keep their places: an order that nothing tells of would be noise to learn from.
+        ranking = [view.labels[leader], *(label for place, label in enumerate(view.labels) if place != leader)]
+        ahead_F = added_NF[leader] - added_NF.mean(axis=0)  # what puts the leader ahead of a usual candidate
         strength: dict[str, float] = {}
         for cited, value in zip(self._cited, ahead_F, strict=True):
             strength[cited] = strength.get(cited, 0.0) + float(value)
