@@ -192,6 +192,7 @@ class Candidates(Section):
     batch: Positive = 256
     max_requests: int = Field(0, ge=0)  # per split, seeded sample; 0: all. The full-ranking figures use every request kept
     max_rerank: int = Field(0, ge=0)  # the same for the split rerank alone, whose lists only train; 0: as max_requests
+    max_valid: int = Field(0, ge=0)  # the same for the split valid, whose lists only choose; 0: as max_requests
 
 
 class Prompt(Section):

@@ -89,11 +89,11 @@ def requests(cfg: Config, interactions: DataFrame) -> DataFrame:
 
 
 def sampled(rows: DataFrame, cfg: Config) -> DataFrame:
-    """A seeded sample of each split, as candidates.max_requests (and max_rerank) say; sorted, so that no partition shows."""
+    """A seeded sample of each split, as candidates.max_requests (max_rerank, max_valid) say; sorted, so that no partition shows."""
     chosen = cfg.candidates
+    own = {"rerank": chosen.max_rerank, "valid": chosen.max_valid}
     for split in SPLITS:
-        most = (chosen.max_rerank or chosen.max_requests) if split == "rerank" else chosen.max_requests
-        if most:
+        if most := own.get(split) or chosen.max_requests:
             ranked = F.row_number().over(_seeded(["split"], cfg.seed))
             rows = rows.withColumn("draw", ranked).where((F.col("split") != split) | (F.col("draw") <= most)).drop("draw")
     return rows.orderBy("request_id")

@@ -64,12 +64,12 @@ def test_requests_are_what_their_definition_says(make_ctx: Callable[..., Context
         g for g in set(groups) for _ in range(min(most, groups.count(g)))
     )
     assert {r["slice"] for r in found.values()} == {"same_day", "later_day", "unknown_day"}
-    few = ctx.cfg.model_copy(update={"candidates": ctx.cfg.candidates.model_copy(update={"max_requests": 4, "max_rerank": 6})})
+    few = ctx.cfg.model_copy(update={"candidates": ctx.cfg.candidates.model_copy(update={"max_requests": 4, "max_rerank": 6, "max_valid": 3})})
     drawn = sampled(requests(ctx.cfg, read(ctx, "interactions")), few).toArrow()["request_id"].to_pylist()
     assert drawn == sorted(drawn)
     assert set(drawn) <= set(found)
     sizes = {split: sum(i.startswith(split) for i in drawn) for split in ("rerank", "valid", "test")}
-    assert sizes == {s: min(6 if s == "rerank" else 4, sum(i.startswith(s) for i in found)) for s in sizes}
+    assert sizes == {s: min(most, sum(i.startswith(s) for i in found)) for s, most in (("rerank", 6), ("valid", 3), ("test", 4))}
 
 
 def world(ctx: Context, windows: tuple[int, int, int] | None) -> list[dict[str, Any]]:
