@@ -64,7 +64,8 @@ def test_requests_are_what_their_definition_says(make_ctx: Callable[..., Context
         g for g in set(groups) for _ in range(min(most, groups.count(g)))
     )
     assert {r["slice"] for r in found.values()} == {"same_day", "later_day", "unknown_day"}
-    few = ctx.cfg.model_copy(update={"candidates": ctx.cfg.candidates.model_copy(update={"max_requests": 4, "max_rerank": 6, "max_valid": 3})})
+    at_most = {"max_requests": 4, "max_rerank": 6, "max_valid": 3}
+    few = ctx.cfg.model_copy(update={"candidates": ctx.cfg.candidates.model_copy(update=at_most)})
     drawn = sampled(requests(ctx.cfg, read(ctx, "interactions")), few).toArrow()["request_id"].to_pylist()
     assert drawn == sorted(drawn)
     assert set(drawn) <= set(found)
