@@ -254,6 +254,7 @@ class RL(Section):
     truncate_ratio: float = 2.0  # trainer over sampler probability, truncated (importance correction)
     reward: Literal["gr2", "normalised", "auc", "ndcg"] = "normalised"
     conditional: bool = True
+    scaled: bool = False  # advantages over their group's standard deviation; a model that is often wrong then learns to copy (docs/log.md)
     alpha: float = 0.2
     invalid: float = -1.5
     overlong_tokens: int = Field(8, ge=0)  # soft punishment of length begins so many tokens before the limit (DAPO); 0: none

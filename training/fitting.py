@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from gr2 import artifacts, pipeline
-from gr2.config import Config, Training
+from gr2.config import Config, Section, Training
 from gr2.context import Context
 from gr2.errors import MissingInputError
 from scoring.model import save
@@ -93,7 +93,7 @@ def manifest_of(cfg: Config, stage: str, name: str, settings: Training, inputs: 
 
     A checkpoint, or a published model, of another fingerprint is not taken up.
     """
-    decides = {"name": name, "inputs": inputs, **pipeline.settings_of(pipeline.get(stage), cfg)}
+    decides = {"name": name, "inputs": inputs, **pipeline.settings_of(pipeline.get(stage), _alone(cfg, settings))}
     return {
         "inputs": inputs,
         "seed": cfg.seed,
@@ -102,6 +102,15 @@ def manifest_of(cfg: Config, stage: str, name: str, settings: Training, inputs: 
         "profile": cfg.profile,
         "fingerprint": hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12],
     }
+
+
+def _alone(cfg: Config, settings: Training) -> Config:
+    """The configuration as one model's training sees it: settings of its siblings do not count."""
+    changed = {}
+    for name, section in cfg:
+        if siblings := {key: settings for key, value in section if isinstance(value, Training)} if isinstance(section, Section) else {}:
+            changed[name] = section.model_copy(update=siblings)
+    return cfg.model_copy(update=changed)
 
 
 @contextlib.contextmanager

@@ -17,15 +17,17 @@ def sft_loss(logp_BT: torch.Tensor, weights_BT: torch.Tensor, norm: float | None
     return -(weights_BT * logp_BT).sum() / (norm if norm is not None else weights_BT.sum().clamp_min(1e-8))
 
 
-def group_advantages(rewards_PG: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`(r - mean) / (std + eps)` within each group, and which groups have any variance (DAPO, arXiv 2503.14476, eq. 9 and 11).
+def group_advantages(rewards_PG: torch.Tensor, scaled: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """`r - mean` within each group, over `std + eps` where `scaled` (DAPO, arXiv 2503.14476, eq. 9 and 11), and which groups have variance.
 
-    Groups of equal rewards teach nothing: their advantages are 0 and `kept_P` is False, so that the caller can draw others.
+    Groups of equal rewards teach nothing: their advantages are 0 and `kept_P` is False, so that the caller can draw others. Dividing lets
+    a group in which little is at stake weigh as much as one in which much is (Dr. GRPO, arXiv 2503.20783).
     """
     spread_P = rewards_PG.std(dim=1, correction=1) if rewards_PG.shape[1] > 1 else torch.zeros(len(rewards_PG))
     kept_P = spread_P > 1e-6
     centred_PG = rewards_PG - rewards_PG.mean(dim=1, keepdim=True)
-    return torch.where(kept_P[:, None], centred_PG / (spread_P[:, None] + EPSILON), 0.0), kept_P
+    advantages_PG = centred_PG / (spread_P[:, None] + EPSILON) if scaled else centred_PG
+    return torch.where(kept_P[:, None], advantages_PG, 0.0), kept_P
 
 
 def truncated_ratio(trainer_logp_BT: torch.Tensor, sampler_logp_BT: torch.Tensor, cap: float) -> torch.Tensor:

@@ -122,7 +122,7 @@ def collect(engine: Sampling, deck: Deck, cfg: Config, step: int, run: str, *, n
         if kept >= cfg.rl.prompts_per_step:
             break
         drawn = sample(engine, deck.take(cfg.rl.prompts_per_step - kept), cfg, step, run)
-        drawn = with_advantages(drawn, cfg.rl.group, need_variance)
+        drawn = with_advantages(drawn, cfg.rl.group, cfg.rl.scaled, need_variance)
         kept += sum(r.used for r in drawn) // cfg.rl.group
         found += drawn
     return found
@@ -180,10 +180,10 @@ def judge(task: Task, answer: Answer, cfg: Config, step: int, run: str, place: i
     )
 
 
-def with_advantages(rollouts: Sequence[Rollout], group: int, need_variance: bool = True) -> list[Rollout]:
+def with_advantages(rollouts: Sequence[Rollout], group: int, scaled: bool, need_variance: bool = True) -> list[Rollout]:
     """Advantages within each group (consecutive rollouts); groups without variance are marked unused."""
     rewards_PG = torch.tensor([r.reward for r in rollouts]).reshape(-1, group)
-    advantages_PG, kept_P = group_advantages(rewards_PG)
+    advantages_PG, kept_P = group_advantages(rewards_PG, scaled)
     flat, kept = advantages_PG.flatten().tolist(), kept_P.repeat_interleave(group).tolist()
     return [replace(r, advantage=a, used=k or not need_variance) for r, a, k in zip(rollouts, flat, kept, strict=True)]
 

@@ -64,7 +64,7 @@ def test_a_tree_gives_the_logprobs_of_the_separate_texts(ctx):
 def test_groups_without_variance_are_dropped_and_parts_cover_the_rest():
     found = [rollout(i, i // 2, (1, 2), (3,)) for i in range(8)]
     found = [rollouts.replace(r, reward=1.0 if i in (0, 5, 7) else 0.0) for i, r in enumerate(found)]
-    judged = rollouts.with_advantages(found, 2)
+    judged = rollouts.with_advantages(found, 2, scaled=True)
     assert [r.used for r in judged] == [True, True, False, False, True, True, True, True]
     halves = rl.parts(judged, 2)
     assert [sum(r.used for r in half) for half in halves] == [4, 2]

@@ -25,19 +25,26 @@ def test_sft_loss_is_the_weighted_sum_of_two_parts():
 
 def test_group_advantages_standardise_and_drop_equal_groups():
     rewards = torch.tensor([[1.0, 0.0, 0.0, -1.0], [0.5, 0.5, 0.5, 0.5]])
-    advantages, kept = losses.group_advantages(rewards)
+    advantages, kept = losses.group_advantages(rewards, scaled=True)
     assert kept.tolist() == [True, False]
     assert advantages[1].tolist() == [0.0] * 4
     sample_std = math.sqrt((1 + 1) / 3)
     np.testing.assert_allclose(advantages[0].numpy(), np.array([1, 0, 0, -1]) / (sample_std + 1e-4), rtol=1e-6)
 
 
+def test_unscaled_advantages_keep_what_is_at_stake():
+    rewards = torch.tensor([[1.0, 0.0], [0.0, -0.02], [0.3, 0.3]])
+    advantages, kept = losses.group_advantages(rewards, scaled=False)
+    torch.testing.assert_close(advantages, torch.tensor([[0.5, -0.5], [0.01, -0.01], [0.0, 0.0]]))
+    assert kept.tolist() == [True, True, False]
+
+
 @given(hnp.arrays(np.float32, (3, 4), elements=st.floats(-2, 2, width=32)), st.floats(-5, 5), st.floats(0.5, 3))
 @settings(max_examples=50, deadline=None)
 def test_group_advantages_ignore_shift_and_nearly_scale(rewards, shift, scale):
     rewards = torch.tensor(rewards).double().round(decimals=2)
-    first, kept = losses.group_advantages(rewards)
-    second, kept_too = losses.group_advantages(rewards * scale + shift)
+    first, kept = losses.group_advantages(rewards, scaled=True)
+    second, kept_too = losses.group_advantages(rewards * scale + shift, scaled=True)
     assert kept.tolist() == kept_too.tolist()
     torch.testing.assert_close(first, second, atol=0.05, rtol=0.05)  # EPSILON is not scaled
     assert torch.all(first.sum(1).abs() < 1e-5)
