@@ -9,6 +9,7 @@ Token in, token out: what is trained on are the token ids that the sampler produ
 
 import math
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -117,40 +118,34 @@ def collect(engine: Sampling, deck: Deck, cfg: Config, step: int, run: str, *, n
     Groups without variance stay in the list with `used` False. Without `need_variance` (on-policy distillation) every group is used.
     """
     found: list[Rollout] = []
-    kept = 0
+    kept, seen = 0, Counter[str]()
     for _ in range(1 + (cfg.rl.max_refills if need_variance else 0)):
         if kept >= cfg.rl.prompts_per_step:
             break
-        drawn = sample(engine, deck.take(cfg.rl.prompts_per_step - kept), cfg, step, run)
+        drawn = sample(engine, deck.take(cfg.rl.prompts_per_step - kept), cfg, step, run, seen)
         drawn = with_advantages(drawn, cfg.rl.group, cfg.rl.scaled, need_variance)
         kept += sum(r.used for r in drawn) // cfg.rl.group
         found += drawn
     return found
 
 
-def sample(engine: Sampling, tasks: Sequence[Task], cfg: Config, step: int, run: str) -> list[Rollout]:
-    """A group of answers to each prompt, judged. Raises EngineError where the engine could not answer."""
-    asks = [
-        Ask(
-            f"{run}/{step}/{task.prompt_id}/{place}",
-            task.prompt,
-            limit_of(cfg.prompt, task.mode),
-            cfg.rl.temperature,
-            seed_of(run, step, task.prompt_id, place),
-        )
-        for task in tasks
-        for place in range(cfg.rl.group)
-    ]
+def sample(engine: Sampling, tasks: Sequence[Task], cfg: Config, step: int, run: str, seen: Counter[str]) -> list[Rollout]:
+    """A group of answers to each prompt, judged. Raises EngineError where the engine could not answer.
+
+    `seen`: answers of this step by prompt. A deck that is reshuffled within a step may hold a prompt twice: its answers are counted on.
+    """
+    each, asks = [task for task in tasks for _ in range(cfg.rl.group)], []
+    for task in each:
+        key, seed = f"{run}/{step}/{task.prompt_id}/{seen[task.prompt_id]}", seed_of(run, step, task.prompt_id, seen[task.prompt_id])
+        asks.append(Ask(key, task.prompt, limit_of(cfg.prompt, task.mode), cfg.rl.temperature, seed))
+        seen[task.prompt_id] += 1
     answers = engine.generate(asks)
     if broken := [a.error for a in answers if a.error]:
         raise EngineError(f"{len(broken)} of {len(asks)} rollouts failed in the engine, such as: {broken[0]}")
-    each = [task for task in tasks for _ in range(cfg.rl.group)]
-    return [
-        judge(task, answer, cfg, step, run, place % cfg.rl.group) for place, (task, answer) in enumerate(zip(each, answers, strict=True))
-    ]
+    return [judge(task, answer, cfg, step, run) for task, answer in zip(each, answers, strict=True)]
 
 
-def judge(task: Task, answer: Answer, cfg: Config, step: int, run: str, place: int) -> Rollout:
+def judge(task: Task, answer: Answer, cfg: Config, step: int, run: str) -> Rollout:
     """Parses an answer strictly and pays it: the reward of METHOD 8 and, for valid answers, DAPO's soft punishment of length."""
     parsed = parse(answer.text, task.incoming, task.mode)
     paid = reward(cfg.rl.reward, task.incoming, task.shown, task.grades, parsed, task.evidence, cfg.rl, cfg.prompt.max_thought_tokens)
@@ -162,7 +157,7 @@ def judge(task: Task, answer: Answer, cfg: Config, step: int, run: str, place: i
         run=run,
         step=step,
         prompt_id=task.prompt_id,
-        sample=place,
+        sample=int(answer.key.rpartition("/")[2]),
         text=answer.text,
         status=parsed.status,
         reward=paid.total + long,

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from gr2.errors import ConfigError, InputError
+from scoring.engine import Answer
 from scoring.model import load
 from tests.e2e import tiny
 from training import rl, rollouts
@@ -80,6 +81,19 @@ def test_the_deck_deals_every_prompt_once_an_epoch_and_resumes():
     later = rollouts.Deck(tasks, 3)
     later.taken = 7
     assert [t.prompt_id for t in later.take(3)] == dealt[7:]
+
+
+def test_a_step_that_holds_a_prompt_twice_counts_its_answers_on(make_ctx):
+    ctx = make_ctx(["rl.prompts_per_step=5", "rl.group=2"])
+    tasks = [rollouts.Task(str(i), "", "think", ("A", "B"), ("A", "B"), (0, 1), ()) for i in range(2)]
+
+    class Silent:
+        def generate(self, asks):
+            return [Answer(ask.key, "", token_ids=(1,), logprobs=(0.0,), prompt_token_ids=(1,)) for ask in asks]
+
+    found = rollouts.collect(Silent(), rollouts.Deck(tasks, 3), ctx.cfg, 1, "r", need_variance=False)
+    assert len({r.rollout_id for r in found}) == len(found) == 10
+    assert sorted(r.sample for r in found if r.prompt_id == found[0].prompt_id)[:4] == [0, 1, 2, 3]
 
 
 def test_several_processes_and_missing_prompts_are_refused(make_ctx):
