@@ -19,7 +19,8 @@ def make_ctx(tmp_path: Path) -> Callable[..., Context]:
     """`make_ctx(["rl.group=4"], profile="demo")`: a context whose root is this test's own folder."""
 
     def make(overrides: list[str] | None = None, profile: str = "demo") -> Context:
-        return Context(load(profile, [f"paths.root={tmp_path / 'root'}", *(overrides or [])]))
+        lists = ["candidates.n=10"] if profile == "demo" else []  # as long as those of the tests' worlds
+        return Context(load(profile, [f"paths.root={tmp_path / 'root'}", *lists, *(overrides or [])]))
 
     return make
 
