@@ -6,7 +6,7 @@ UV := $(shell command -v uv 2>/dev/null || echo .cache/uv/bin/uv)
 EXTRA := $(shell if [ -e /dev/nvidia0 ]; then echo gpu; else echo cpu; fi)
 RUN := $(UV) run --no-sync
 
-.PHONY: help setup demo run test lint bench clean
+.PHONY: help setup demo run test lint clean
 
 help:  ## Say what there is
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 12
