@@ -36,12 +36,12 @@ def test_sft_learns_the_format_and_a_rerun_gives_the_same_model(make_ctx):
     shutil.rmtree(ctx.root / "models" / "sft")
     sft.run(ctx.cfg, ctx)
     assert ctx.model("sft", "sft").hash == first.hash, "trained again, it is the same model"
-    other = make_ctx([*QUICK, "sft.reasoning_weight=0.9"])
+    other = make_ctx([*QUICK, "sft.reasoning_weight=0.2"])
     sft.run(other.cfg, other)
     trained = other.model("sft", "sft").path / "model.safetensors"
     assert other.model("sft", "sft").hash != first.hash, "other settings, not those of the trainer alone: trained anew"
     written, teacher = trained.stat().st_mtime_ns, other.model("sft-teacher", "sft").hash
-    longer = make_ctx([*QUICK, "sft.reasoning_weight=0.9", "sft.teacher.max_steps=3"])
+    longer = make_ctx([*QUICK, "sft.reasoning_weight=0.2", "sft.teacher.max_steps=3"])
     sft.run(longer.cfg, longer)
     assert trained.stat().st_mtime_ns == written, "the teacher's settings do not decide the student"
     assert longer.model("sft-teacher", "sft").hash != teacher
