@@ -1,6 +1,7 @@
 """Traces end to end: what is sampled, when it stops, what is refused and why; reruns; a service as teacher."""
 
 import json
+import re
 import threading
 from collections import defaultdict
 from collections.abc import Iterator
@@ -102,10 +103,11 @@ class Service(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         prompt = body["messages"][-1]["content"]
-        lines = sorted((line for line in prompt.splitlines() if line[-2:-1] == "@"), key=lambda line: "pairBest" not in line)
+        best = prompt.partition("pairTop @")[2][:1]
+        labels = sorted((line[-1] for line in prompt.splitlines() if re.match("<a_.*@.$", line)), key=lambda label: label != best)
         kind = body["seed"] % 4
         thought = "The answer is clear." if kind == 1 else "need nextBest. compare."
-        text = "I cannot." if kind == 2 else format_thought(thought) + format_answer([line[-1] for line in lines])
+        text = "I cannot." if kind == 2 else format_thought(thought) + format_answer(labels)
         usage = {"prompt_tokens": 200, "completion_tokens": 30, "total_tokens": 230}
         choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
         reply = {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "usage": usage, "choices": [choice]}
