@@ -36,13 +36,22 @@ WIDE = 110  # columns of a terminal from which the summary shows every figure
 
 
 def main() -> None:
-    """Entry point: named errors become one line and an exit code."""
+    """Entry point: named errors become one line and an exit code.
+
+    The process ends without the interpreter's own end: there CPython before 3.14 kills threads of native libraries that ask for the lock,
+    which aborts a finished run now and then (python/cpython#87135).
+    """
     set_defaults()
     try:
         app(standalone_mode=True)
     except GR2Error as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        code = error.exit_code
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else bool(end.code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 @app.command()

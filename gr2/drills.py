@@ -3,18 +3,29 @@
     view, thought, order = drill(items, load_template("rerank_v2"), "13:7", history=6)
 
 A drawn slate with drawn evidence, a thought that says which evidence it goes by, and an answer that puts the best by it first; the others
-keep the incoming order. There is
-nothing to know about anybody's taste: which evidence counts is drawn too, so a drill teaches no preference, only that a need which was
-named is followed, that words after a label are true of it, and that the answer names every label once. Models with a base can do this
-already; a small one does not learn it from the few accepted traces alone (docs/log.md).
+keep the incoming order. There is nothing to know about anybody's taste: which evidence counts is drawn too, so a drill teaches no
+preference, only that a need which was named is followed, that words after a label are true of it, and that the answer names every label
+once. Models with a base can do this already; a small one does not learn it from the few accepted traces alone (docs/log.md).
 """
 
 import random
 from collections.abc import Sequence
 
-from gr2.prompts import SMALL_IS_GOOD, Candidate, Feature, HistoryItem, Template, Value, View, compose_thought, evidence_of, make_view
+from gr2.prompts import (
+    SMALL_IS_GOOD,
+    Candidate,
+    Feature,
+    HistoryItem,
+    Template,
+    Value,
+    View,
+    compose_thought,
+    evidence_of,
+    led_by,
+    make_view,
+)
 
-NEEDS = 2  # features that a drill sorts by
+NEEDS = 2  # features that a drill goes by
 FEWEST = 3  # candidates
 SILENT = 0.7  # share of evidence that a line does not have
 
@@ -39,7 +50,7 @@ def drill(
     need, pattern = names[:NEEDS], names[NEEDS : NEEDS + 2]
     levels = [tuple(_level(template.evidence[name], words, name) for name in need) for words in said]
     first = min(range(count), key=lambda place: [*(-level for level in levels[place]), place])
-    order = (view.labels[first], *(label for place, label in enumerate(view.labels) if place != first))
+    order = led_by(view, first)
     return view, compose_thought(view, order, pattern, need, template), order
 
 

@@ -366,6 +366,11 @@ def compose_thought(
     return f"{' '.join(steps[0])}. {' '.join(steps[1])}. {template.thought['compare']} {', '.join(claims)}."
 
 
+def led_by(view: View, place: int) -> tuple[str, ...]:
+    """Labels in the order of a program that moves one candidate: that of an incoming place first, the others as they came."""
+    return (view.labels[place], *(label for other, label in enumerate(view.labels) if other != place))
+
+
 def _with_best(names: Sequence[str]) -> list[str]:
     return [key for name in names for key in (f"{name}_best", name)]
 

@@ -14,7 +14,7 @@ TABLE = Table(
         Column("run", STRING, "model in training, with the hash of its configuration and inputs"),
         Column("step", INT, "training step, from 1"),
         Column("prompt_id", STRING, "prompt"),
-        Column("sample", INT, "place in the group, from 0"),
+        Column("sample", INT, "place among the answers to its prompt in this step, from 0"),
         Column("text", STRING, "what the policy wrote"),
         Column("status", STRING, "ok, or the parse failure"),
         Column("reward", DOUBLE, "total"),

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gr2.errors import EngineError
-from gr2.prompts import Template, compose_thought, format_answer, format_thought
+from gr2.prompts import Template, compose_thought, format_answer, format_thought, led_by
 from scoring.engine import Answer, Ask, failed, seed_of
 
 Floats = NDArray[np.float64]
@@ -191,7 +191,7 @@ class EvidenceEngine:
         noise_N = np.random.default_rng(ask.seed).gumbel(size=len(scores_N))
         leader = int(np.argmax(scores_N + ask.temperature * noise_N))
         # The drawn leader comes first and the others keep their places: an order that nothing tells of would be noise to learn from.
-        ranking = [view.labels[leader], *(label for place, label in enumerate(view.labels) if place != leader)]
+        ranking = led_by(view, leader)
         ahead_F = added_NF[leader] - added_NF.mean(axis=0)  # what puts the leader ahead of a usual candidate
         strength: dict[str, float] = {}
         for cited, value in zip(self._cited, ahead_F, strict=True):

@@ -106,10 +106,11 @@ def manifest_of(cfg: Config, stage: str, name: str, settings: Training, inputs: 
 
 def _alone(cfg: Config, settings: Training) -> Config:
     """The configuration as one model's training sees it: settings of its siblings do not count."""
-    changed = {}
-    for name, section in cfg:
-        if siblings := {key: settings for key, value in section if isinstance(value, Training)} if isinstance(section, Section) else {}:
-            changed[name] = section.model_copy(update=siblings)
+    changed = {
+        name: section.model_copy(update={key: settings for key, value in section if isinstance(value, Training)})
+        for name, section in cfg
+        if isinstance(section, Section)
+    }
     return cfg.model_copy(update=changed)
 
 

@@ -134,18 +134,28 @@ def sample(engine: Sampling, tasks: Sequence[Task], cfg: Config, step: int, run:
 
     `seen`: answers of this step by prompt. A deck that is reshuffled within a step may hold a prompt twice: its answers are counted on.
     """
-    each, asks = [task for task in tasks for _ in range(cfg.rl.group)], []
-    for task in each:
-        key, seed = f"{run}/{step}/{task.prompt_id}/{seen[task.prompt_id]}", seed_of(run, step, task.prompt_id, seen[task.prompt_id])
-        asks.append(Ask(key, task.prompt, limit_of(cfg.prompt, task.mode), cfg.rl.temperature, seed))
-        seen[task.prompt_id] += 1
+    drawn: list[tuple[Task, int]] = []
+    for task in tasks:
+        first = seen[task.prompt_id]
+        drawn += [(task, place) for place in range(first, first + cfg.rl.group)]
+        seen[task.prompt_id] += cfg.rl.group
+    asks = [
+        Ask(
+            f"{run}/{step}/{task.prompt_id}/{place}",
+            task.prompt,
+            limit_of(cfg.prompt, task.mode),
+            cfg.rl.temperature,
+            seed_of(run, step, task.prompt_id, place),
+        )
+        for task, place in drawn
+    ]
     answers = engine.generate(asks)
     if broken := [a.error for a in answers if a.error]:
         raise EngineError(f"{len(broken)} of {len(asks)} rollouts failed in the engine, such as: {broken[0]}")
-    return [judge(task, answer, cfg, step, run) for task, answer in zip(each, answers, strict=True)]
+    return [judge(task, answer, cfg, step, run, place) for (task, place), answer in zip(drawn, answers, strict=True)]
 
 
-def judge(task: Task, answer: Answer, cfg: Config, step: int, run: str) -> Rollout:
+def judge(task: Task, answer: Answer, cfg: Config, step: int, run: str, place: int) -> Rollout:
     """Parses an answer strictly and pays it: the reward of METHOD 8 and, for valid answers, DAPO's soft punishment of length."""
     parsed = parse(answer.text, task.incoming, task.mode)
     paid = reward(cfg.rl.reward, task.incoming, task.shown, task.grades, parsed, task.evidence, cfg.rl, cfg.prompt.max_thought_tokens)
@@ -157,7 +167,7 @@ def judge(task: Task, answer: Answer, cfg: Config, step: int, run: str) -> Rollo
         run=run,
         step=step,
         prompt_id=task.prompt_id,
-        sample=int(answer.key.rpartition("/")[2]),
+        sample=place,
         text=answer.text,
         status=parsed.status,
         reward=paid.total + long,

@@ -47,6 +47,13 @@ def test_a_failure_is_one_line_and_its_code(words, code, message, tmp_path):
     assert message in done.stderr
 
 
+def test_a_finished_command_does_not_wait_for_the_interpreter_to_end():
+    lines = "import atexit, os, sys; atexit.register(os.abort); sys.argv[1:] = ['run', '--help']; from gr2.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "--profile" in done.stdout
+
+
 def test_a_missing_java_is_named(tmp_path):
     done = gr2("doctor", "--set", f"paths.root={tmp_path}", JAVA_HOME=str(tmp_path))
     assert done.returncode == 6

@@ -25,7 +25,7 @@ def test_answers_follow_the_thought_and_name_every_label_once(template):
         assert len(view.history) <= 4
 
 
-def test_the_list_is_sorted_by_the_evidence_that_the_thought_needs():
+def test_who_leads_in_what_the_thought_needs_stands_first_and_the_others_stay():
     one = LISTS.model_copy(update={"evidence": {"like": LISTS.evidence["like"], "next": LISTS.evidence["next"]}})
     for seed in range(100):
         view, _, order = drill(ITEMS, one, str(seed))
