@@ -73,7 +73,7 @@ def test_every_stage_runs_every_table_can_be_read_and_a_rerun_changes_nothing(tm
 def questions() -> list[tuple[str, str]]:
     """Every question of docs/queries.md with its query."""
     page = (PROJECT / "docs" / "queries.md").read_text()
-    found = re.findall(r"^### (.+)\n(?:[^#]*?)^```sql\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    found = re.findall(r"^### ([^\n]+)\n[^#]*?^```sql\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     assert len(found) == page.count("\n### ") == 20
     return found
 
