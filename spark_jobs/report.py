@@ -1,6 +1,7 @@
-"""The static report: one HTML file that opens without a network.
+"""The static report: one HTML file that opens without a network, and a page for each table.
 
-Reads every table of the run, the models' curves and the audits; writes root/reports/index.html. A rerun writes the same file.
+Reads every table of the run, the models' curves and the audits; writes root/reports/index.html and root/reports/tables/*.html. A rerun
+writes the same files.
 
     gr2 stage report --profile demo        or: gr2 report
 """
@@ -18,7 +19,7 @@ from gr2.config import Config
 from gr2.context import Context, Result
 from gr2.pipeline import STAGES, read_record
 from schemas.query import connect
-from spark_jobs import charts
+from spark_jobs import charts, table_pages
 
 HEADLINE = ("recall@1", "recall@3", "recall@5", "ndcg@3", "ndcg@5", "mrr")
 SLICES = ("all", "later_day", "same_day", "unknown_day", "provably_later")
@@ -28,15 +29,15 @@ def run(cfg: Config, ctx: Context) -> Result:
     """Renders the report."""
     facts = Facts(ctx)
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(PROJECT / "conf"), autoescape=True, undefined=jinja2.StrictUndefined)
+    tables = table_pages.write(ctx, environment)
     page = environment.get_template("report.html.jinja").render(
         profile=cfg.profile, run_id=ctx.run_id, protocol=cfg.data.protocol, order=cfg.data.same_day_order, teacher=cfg.traces.teacher,
         release=facts.release(), results=facts.results(), retrieval=facts.retrieval(), quality=facts.quality(), flow=facts.flow(),
         refused=facts.refused(), sids=facts.sids(), curves=facts.curves(), traces=facts.traces(), ranks=facts.ranks(),
         position=facts.audits("position", "reward_hacking"), other=facts.audits("reconciliation", "leakage", "sid_health", "traces"),
-        rollouts=facts.rollouts(), costs=facts.costs(),
+        rollouts=facts.rollouts(), costs=facts.costs(), tables=tables,
     )  # fmt: skip
     folder = ctx.root / "reports"
-    folder.mkdir(parents=True, exist_ok=True)
     draft = folder / ".index.html"
     draft.write_text(page)
     os.replace(draft, folder / "index.html")

@@ -15,6 +15,7 @@ from gr2 import PROJECT, pipeline
 from gr2.config import load
 from gr2.context import Context
 from schemas.query import query
+from spark_jobs.table_pages import questions
 
 pytestmark = pytest.mark.e2e
 SMALL = [
@@ -57,25 +58,20 @@ def test_every_stage_runs_every_table_can_be_read_and_a_rerun_changes_nothing(tm
         rows = DeltaTable(path).to_pyarrow_table().num_rows
         assert pl.read_delta(path).height == rows
         assert query(ctx, f"SELECT count(*) AS rows FROM {name}", latest=True).to_pylist() == [{"rows": rows}], "DuckDB"
-    page = (root / "reports" / "index.html").read_text()
-    assert not re.search(r"""(?:src|href)=["']https?:""", page), "the report opens without a network"
+    report = (root / "reports" / "index.html").read_text()
+    pages = {path.stem: path.read_text() for path in (root / "reports" / "tables").glob("*.html")}
+    assert set(pages) == names
+    for page in (report, *pages.values()):
+        assert not re.search(r"""(?:src|href)=["']https?:""", page), "the report opens without a network"
 
     silent = [question for question, text in questions() if not query(ctx, text).num_rows]
-    assert silent == ["16. Did an item's ID change between tokenizers?"], "there is one tokenizer"
+    assert (len(questions()), silent) == (20, ["Did an item's ID change between tokenizers?"]), "there is one tokenizer"
 
     before, results = versions(root), results_of(root)
     again = gr2(root, "run")
     assert again.count("up to date") == len(pipeline.STAGES)
     assert versions(root) == before
     assert results_of(root) == results
-
-
-def questions() -> list[tuple[str, str]]:
-    """Every question of docs/queries.md with its query."""
-    page = (PROJECT / "docs" / "queries.md").read_text()
-    found = re.findall(r"^### ([^\n]+)\n[^#]*?^```sql\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    assert len(found) == page.count("\n### ") == 20
-    return found
 
 
 def results_of(root: Path) -> list[dict[str, object]]:
