@@ -365,6 +365,8 @@ class Config(Section):
             raise ValueError(f"candidates.beam ({self.candidates.beam}) must be at least candidates.n ({self.candidates.n})")
         if self.candidates.n > 20:
             raise ValueError("candidates.n must be at most 20: there are 20 labels")
+        if max(self.rl.student.processes, self.rl.teacher.processes, self.opd.train.processes) > 1:
+            raise ValueError("rl and opd sample and train in one process: set their processes to 1")
         return self
 
     def digest(self, *sections: str) -> str:

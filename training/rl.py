@@ -27,12 +27,12 @@ import torch
 from gr2 import artifacts, pipeline
 from gr2.config import Config, Training
 from gr2.context import Context, Result
-from gr2.errors import ConfigError, ModelError
+from gr2.errors import ModelError
 from scoring.engine import Answer, Ask
 from scoring.model import load, save
 from scoring.vllm_engine import VLLMEngine
 from training import rollouts as samples
-from training.loop import Engine, open_engine, rank, world
+from training.loop import Engine, open_engine
 from training.losses import opd_advantages
 from training.policy import Ratios, add_logprobs, policy_loss, trees
 from training.rollouts import Deck, Rollout, Task
@@ -41,7 +41,7 @@ PATIENCE = 3  # steps in a row without anything to learn from, after which a tra
 
 
 def run(cfg: Config, ctx: Context) -> Result:
-    """Trains both sizes. Raises MissingInputError, InputError (no prompts), ConfigError (several processes), EngineError."""
+    """Trains both sizes. Raises MissingInputError, InputError (no prompts), EngineError."""
     result = Result(rows_in=ctx.lake.read("rl_prompts", ["prompt_id"]).num_rows)
     plans = (("rl-teacher", "sft-teacher", cfg.rl.teacher), ("rl", "sft", cfg.rl.student))
     for name, start, settings in plans:
@@ -82,8 +82,6 @@ def add(result: Result, outcome: Outcome) -> None:
 
 def optimise(cfg: Config, ctx: Context, plan: Plan) -> Outcome:
     """Samples, trains, validates, and publishes the best model under the plan's name."""
-    if world() > 1 or plan.settings.processes > 1:
-        raise ConfigError(f"{plan.name}: sampling and training share one process; set processes to 1 in sections rl and opd")
     model, tokenizer = load(plan.start.path)
     tasks, held_out = samples.read_tasks(ctx, "rerank"), samples.read_tasks(ctx, "valid")[: cfg.rl.validate_requests]
     manifest = manifest_of(cfg, ctx, plan)
@@ -213,9 +211,8 @@ class Policy:
 
     def _log(self, line: dict[str, Any]) -> None:
         line |= {"seconds": round(time.monotonic() - self.started, 3), "alarms": samples.alarms(line)}
-        if rank() == 0:
-            with self.curve.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+        with self.curve.open("a") as file:
+            file.write(json.dumps(line) + "\n")
         told: dict[str, float] = {k: line[k] for k in ("reward", "invalid", "identity", "dropped", "length") if k in line}
         alarm = f"; ALARM: {', '.join(line['alarms'])}" if line["alarms"] else ""
         self.ctx.log(f"{self.run_id} step {line['step']}: {_shown(told)}{alarm}")

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from gr2.errors import ConfigError, InputError
+from gr2.errors import InputError
 from scoring.engine import Answer
 from scoring.model import load
 from tests.e2e import tiny
@@ -96,12 +96,9 @@ def test_a_step_that_holds_a_prompt_twice_counts_its_answers_on(make_ctx):
     assert sorted(r.sample for r in found if r.prompt_id == found[0].prompt_id)[:4] == [0, 1, 2, 3]
 
 
-def test_several_processes_and_missing_prompts_are_refused(make_ctx):
-    ctx = make_ctx(["rl.student.processes=2"])
+def test_missing_prompts_are_named(make_ctx):
+    ctx = make_ctx(["rl.student.max_steps=1"])
     tokenizer = tiny.model_named(ctx, "sft", "sft-teacher")
-    plan = rl.Plan("rl", ctx.model("sft", "sft"), ctx.cfg.rl.student)
-    with pytest.raises(ConfigError, match="processes"):
-        rl.optimise(ctx.cfg, ctx, plan)
     tiny.put(ctx, "rl_prompts", tiny.rl_rows(tokenizer, 2))
     with pytest.raises(InputError, match="split 'valid'"):
         rollouts.read_tasks(ctx, "valid")

@@ -31,6 +31,8 @@ def test_every_profile_loads_and_says_how_to_run_it(profile):
         ("rl.group=many", "rl.group"),
         ("rl.group=0", "greater than 0"),
         ("candidates.n=21", "at most 20"),
+        ("rl.student.processes=2", "one process"),
+        ("opd.train.processes=2", "one process"),
         ("candidates.n=10 ", None),
         ("seed", "write key=value"),
         ("seed.x=1", "seed: Input should be a valid integer"),
