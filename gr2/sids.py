@@ -107,13 +107,6 @@ class Trie:
         children = np.arange(len(rows)) - before_B[rows] + first_B[rows]
         return rows, self.tokens[depth][children], children
 
-    def mask(self, depth: int, nodes_B: NDArray[np.integer], codes: int) -> NDArray[np.bool_]:
-        """(B, K) array: which of `codes` codes may follow each node."""
-        allowed_BK = np.zeros((len(nodes_B), codes), dtype=bool)
-        rows, allowed, _ = self.children(depth, nodes_B)
-        allowed_BK[rows, allowed] = True
-        return allowed_BK
-
     def child(self, depth: int, nodes_B: NDArray[np.integer], codes_B: NDArray[np.integer]) -> Ints:
         """(B,) node at depth + 1 that a code leads to from each node; -1 where the trie has no such child, or the node is -1."""
         nodes_B, codes_B = np.asarray(nodes_B, dtype=np.int64), np.asarray(codes_B, dtype=np.int64)

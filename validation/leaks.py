@@ -8,7 +8,6 @@ cannot know. A form is a way of giving it away: a set of patterns over lower-cas
 """
 
 import re
-from collections.abc import Iterable
 
 _LABEL = r"(?:@?[a-t]|it|(?:this|that) (?:one|item|candidate)|(?:candidate|item|label) @?[a-t])\b"
 _ITEM = r"(?:item|choice|candidate|answer|label|product|option|one|pick)"
@@ -114,9 +113,3 @@ def leak_of(thought: str) -> str:
     """The first form of leak in a thought, or "". Labels are written @C or bare; case, spacing and emphasis do not matter."""
     text = " ".join(thought.lower().translate(_DROPPED).split())
     return next((form for form, pattern in _COMPILED.items() if pattern.search(text)), "")
-
-
-def leak_share(thoughts: Iterable[str]) -> float:
-    """Share of thoughts with a leak; 0 of none."""
-    found = [bool(leak_of(t)) for t in thoughts]
-    return sum(found) / len(found) if found else 0.0

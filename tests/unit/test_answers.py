@@ -1,7 +1,6 @@
 """The strict parser: every failure by its name, no string that raises, no repair."""
 
 import json
-import time
 
 import pytest
 from hypothesis import example, given, settings
@@ -128,6 +127,4 @@ def test_no_prefix_of_an_answer_is_an_answer(order: list[str], cut: int) -> None
 
 def test_long_thoughts_are_read_in_linear_time() -> None:
     """A thought full of brackets cannot make the parser quadratic in what it decodes."""
-    started = time.perf_counter()
-    parse("<think>" + "[ " * 100_000 + "</think>", ABC, "think")
-    assert time.perf_counter() - started < 2
+    assert parse("<think>" + "[ " * 1_000_000 + "</think>", ABC, "think").status == "missing_answer"

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gr2.prompts import load_template
-from validation.leaks import FORMS, leak_of, leak_share
+from validation.leaks import FORMS, leak_of
 
 pytestmark = pytest.mark.unit
 
@@ -166,8 +166,3 @@ def test_a_leak_is_found_inside_an_honest_thought_and_however_it_is_written(form
 )
 def test_evidence_words_alone_never_leak(words: list[str]) -> None:
     assert leak_of(" ".join(words)) == ""
-
-
-def test_shares() -> None:
-    assert leak_share([]) == 0.0
-    assert leak_share([FINE[0], "The answer is A.", FINE[1], FINE[2]]) == 0.25
