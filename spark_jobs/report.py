@@ -22,6 +22,7 @@ from schemas.query import connect
 from spark_jobs import charts, table_pages
 
 HEADLINE = ("recall@1", "recall@3", "recall@5", "ndcg@3", "ndcg@5", "mrr")
+FEWEST = 10  # requests of a slice from which it is drawn
 SLICES = ("all", "later_day", "same_day", "unknown_day", "provably_later")
 
 
@@ -107,11 +108,11 @@ class Facts:
         for slice_ in SLICES:
             for metric in ("recall@1", "ndcg@3"):
                 rows = self.rows(
-                    "SELECT model, mode, value, low, high FROM metrics WHERE run_id = ? AND slice = ? AND metric = ? "
+                    "SELECT model, mode, value, low, high, n FROM metrics WHERE run_id = ? AND slice = ? AND metric = ? "
                     "AND population = 'conditional' AND reference = '' AND mode <> 'full' AND model <> 'oracle' ORDER BY value DESC",
                     self.ctx.run_id, slice_, metric,
                 )  # fmt: skip
-                if rows:
+                if rows and rows[0]["n"] >= FEWEST:
                     names = [r["model"] if r["mode"] == "order" else f"{r['model']} ({r['mode']})" for r in rows]
                     mark = next((r["value"] for r in rows if r["model"] == "prerank"), None)
                     values, lows, highs = ([r[k] for r in rows] for k in ("value", "low", "high"))
