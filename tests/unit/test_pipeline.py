@@ -72,9 +72,9 @@ def test_only_the_first_process_of_several_keeps_a_record(ctx, monkeypatch):
 
 
 def test_processes_are_the_most_that_a_training_names():
-    stage = pipeline.get("rl")
+    stage = pipeline.get("latents")
     assert pipeline.processes(stage, load("demo")) == 1
-    assert pipeline.processes(stage, load("demo", ["rl.teacher.processes=4"])) == 4
+    assert pipeline.processes(stage, load("demo", ["latents.train.processes=4"])) == 4
 
 
 def run(cfg: Config, ctx: Context) -> Result:
