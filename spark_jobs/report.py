@@ -7,7 +7,6 @@ writes the same files.
 """
 
 import json
-import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -38,11 +37,9 @@ def run(cfg: Config, ctx: Context) -> Result:
         position=facts.audits("position", "reward_hacking"), other=facts.audits("reconciliation", "leakage", "sid_health", "traces"),
         rollouts=facts.rollouts(), costs=facts.costs(), tables=tables,
     )  # fmt: skip
-    folder = ctx.root / "reports"
-    draft = folder / ".index.html"
-    draft.write_text(page)
-    os.replace(draft, folder / "index.html")
-    ctx.log(f"report: {folder / 'index.html'}")
+    path = ctx.root / "reports" / "index.html"
+    table_pages.write_page(path, page)
+    ctx.log(f"report: {path}")
     return Result(detail={"bytes": len(page)})
 
 
@@ -108,11 +105,11 @@ class Facts:
         for slice_ in SLICES:
             for metric in ("recall@1", "ndcg@3"):
                 rows = self.rows(
-                    "SELECT model, mode, value, low, high, n FROM metrics WHERE run_id = ? AND slice = ? AND metric = ? "
+                    "SELECT model, mode, value, low, high FROM metrics WHERE run_id = ? AND slice = ? AND metric = ? AND n >= ? "
                     "AND population = 'conditional' AND reference = '' AND mode <> 'full' AND model <> 'oracle' ORDER BY value DESC",
-                    self.ctx.run_id, slice_, metric,
+                    self.ctx.run_id, slice_, metric, FEWEST,
                 )  # fmt: skip
-                if rows and rows[0]["n"] >= FEWEST:
+                if rows:
                     names = [r["model"] if r["mode"] == "order" else f"{r['model']} ({r['mode']})" for r in rows]
                     mark = next((r["value"] for r in rows if r["model"] == "prerank"), None)
                     values, lows, highs = ([r[k] for r in rows] for k in ("value", "low", "high"))

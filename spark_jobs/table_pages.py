@@ -1,13 +1,15 @@
 """A page for each table: grain, key, columns, laws, rows, and what questions of docs/queries.md it answers. Not a stage."""
 
+import os
 import re
+from pathlib import Path
 
 import jinja2
 
 import schemas
 from gr2 import PROJECT
 from gr2.context import Context
-from gr2.pipeline import STAGES
+from gr2.pipeline import builder_of
 
 
 def questions() -> list[tuple[str, str]]:
@@ -16,19 +18,24 @@ def questions() -> list[tuple[str, str]]:
     return re.findall(r"^### \d+\. ([^\n]+)\n[^#]*?^```sql\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
 
 
+def write_page(path: Path, page: str) -> None:
+    """Puts a page in its place whole: whoever has the old one open never sees half of the new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}")
+    draft.write_text(page)
+    os.replace(draft, path)
+
+
 def write(ctx: Context, environment: jinja2.Environment) -> list[str]:
     """Writes root/reports/tables/<name>.html for each table that exists; returns their names."""
-    template = environment.get_template("table.html.jinja")
-    folder = ctx.root / "reports" / "tables"
-    folder.mkdir(parents=True, exist_ok=True)
-    made_by = {name: stage.name for stage in reversed(STAGES) for name in stage.writes}
+    template, asked = environment.get_template("table.html.jinja"), questions()
     names = [name for name in schemas.NAMES if ctx.lake.exists(name)]
     for name in names:
         opened = ctx.lake.open(name)
-        asked = [(question, query) for question, query in questions() if re.search(rf"\b{name}\b", query)]
         page = template.render(
             table=schemas.get(name), names=names, rows=opened.to_pyarrow_dataset().count_rows(), version=opened.version(),
-            stage=made_by.get(name, "every stage"), profile=ctx.cfg.profile, questions=asked,
+            stage=builder_of(name), profile=ctx.cfg.profile,
+            questions=[(question, query) for question, query in asked if re.search(rf"\b(FROM|JOIN) {name}\b", query)],
         )  # fmt: skip
-        (folder / f"{name}.html").write_text(page)
+        write_page(ctx.root / "reports" / "tables" / f"{name}.html", page)
     return names

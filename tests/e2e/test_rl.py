@@ -97,7 +97,7 @@ def test_a_step_that_holds_a_prompt_twice_counts_its_answers_on(make_ctx):
 
 
 def test_missing_prompts_are_named(make_ctx):
-    ctx = make_ctx(["rl.student.max_steps=1"])
+    ctx = make_ctx()
     tokenizer = tiny.model_named(ctx, "sft", "sft-teacher")
     tiny.put(ctx, "rl_prompts", tiny.rl_rows(tokenizer, 2))
     with pytest.raises(InputError, match="split 'valid'"):
