@@ -198,7 +198,7 @@ class Candidates(Section):
 class Prompt(Section):
     """What the re-ranker reads (METHOD 5)."""
 
-    template: Name = "rerank_v2"  # a file in conf/prompts
+    template: Name = "rerank_v3"  # a file in conf/prompts
     history_items: Positive = 6
     evidence: bool = True
     max_prompt_tokens: Positive = 350

@@ -1,6 +1,6 @@
 """Drills: made-up lists in the re-ranker's own form, which teach a model from scratch to read a list and to keep its word.
 
-    view, thought, order = drill(items, load_template("rerank_v2"), "13:7", history=6)
+    view, thought, order = drill(items, load_template("rerank_v3"), "13:7", history=6)
 
 A drawn slate with drawn evidence, a thought that says which evidence it goes by, and an answer that puts the best by it first; the others
 keep the incoming order. There is nothing to know about anybody's taste: which evidence counts is drawn too, so a drill teaches no

@@ -1,13 +1,15 @@
 """What the re-ranker reads and the form of what it writes: (history, candidates, evidence) -> chat messages (METHOD 5).
 
     view = make_view("r1", history, candidates, replica=0)       # labels and slots: two independent seeded shuffles
-    messages = render(view, load_template("rerank_v2"), "think")
+    messages = render(view, load_template("rerank_v3"), "think")
 
 A candidate is one line, label last. What is known of it stands in its line (rerank_v1; in sentences rerank_llm_v1), or in lists of labels
-after all lines, best first, which models from scratch learn to read at once (rerank_v2):
+after all lines, best first, which models from scratch learn to read at once (rerank_v3):
 
     <a_1><b_2><c_3><d_4> priorTwo nextBest brandOne @C
-    priorTop @A @C @B nextTop @C @Z @Z brandTop @C @A @Z
+    nextTop @C @Z @Z brandTop @C @A @Z
+    priorTop
+    ["A","C","B"]
 
 The completion is `<think>THOUGHT</think>["C","A","B"]`. In byte-level BPE the pieces `["`, `","`, `"]` and ` @` hold no letter, so a
 label is the same single token (the bare letter) in the prompt, in a thought and in the answer; after `["` the next token is a label.
@@ -35,7 +37,7 @@ LABELS = tuple("ABCDEFGHIJKLMNOPQRST")
 THINK, END_THINK = "<think>", "</think>"
 EMPTY_THOUGHT = THINK + END_THINK
 ANSWER_OPEN, ANSWER_SEPARATOR, ANSWER_CLOSE = '["', '","', '"]'
-DEFAULT = "rerank_v2"
+DEFAULT = "rerank_v3"
 # What a prompt may show: columns of candidate_features (`grade` is the label and never among them), and two that are derived: `place`, the
 # incoming place, and `trend` = recent - popularity, the log share of an item's choices that decay has left (0: all of late).
 DERIVED = frozenset({"place", "trend"})
@@ -143,7 +145,8 @@ class Feature(Section):
     """A column said in words: level = thresholds reached; level 0 is not said; `best` marks the list's largest value (level 1 at least).
 
     With `listed` the word does not stand in each candidate's line: it stands once, before the labels of so many candidates at most, the
-    best first. A small model learns to read such lists; words that it must bind to a line's label it did not (docs/log.md).
+    best first. A small model learns to read such lists; words that it must bind to a line's label it did not (docs/log.md). `as_answer`
+    says the list in the form of an answer.
     """
 
     column: str = ""
@@ -151,6 +154,7 @@ class Feature(Section):
     words: tuple[str, ...]
     best: str = ""
     listed: int = Field(0, ge=0)
+    as_answer: bool = False
 
     @model_validator(mode="after")
     def _consistent(self) -> "Feature":
@@ -160,6 +164,8 @@ class Feature(Section):
             raise ValueError(f"words must be letters like nextLow, so that none is ordinary English: {', '.join(bad)}")
         if self.listed and len(self.words) != 1:
             raise ValueError("a listed feature has one word and one threshold")
+        if self.as_answer and not self.listed:
+            raise ValueError("only a listed feature can be said as an answer")
         return self
 
     def level(self, value: Value) -> int:
@@ -253,7 +259,7 @@ def render(view: View, template: Template, mode: Mode, target: str | None = None
         words = [word for key, word in said[place].items() if not template.evidence[key.removesuffix("_best")].listed]
         fields |= {"evidence": " ".join(words), "after": _after(candidate, view, template)}
         lines.append(_line(template.candidate_line, fields))
-    lines += _lists(view, template)
+    lines += evidence_lists(view, template)
     if target is not None:
         lines.append(template.target_line.format(label=view.label_of(target)))
     lines.append(template.closing["think" if mode == "think" else "direct"])
@@ -275,15 +281,20 @@ def _line(pattern: str, fields: Mapping[str, object]) -> str:
     return " ".join(pattern.format(**fields).split())
 
 
-def _lists(view: View, template: Template) -> list[str]:
-    """The listed features in one line: `nextTop @C @A @Z likeTop @A @B @C`; as many labels each time, where the list is long enough."""
-    parts = []
+def evidence_lists(view: View, template: Template) -> list[str]:
+    """The listed features: `nextTop @C @A @Z likeTop @A @B @C` in one line, as many labels each time where the list is long enough; then
+    those said as an answer, the word and the list in a line each."""
+    inline, answers = [], []
     for feature in template.evidence.values():
-        if feature.listed:
-            labels = [view.labels[place] for place in _best_first(feature, view)]
+        if not feature.listed:
+            continue
+        labels = [view.labels[place] for place in _best_first(feature, view)]
+        if feature.as_answer:
+            answers += [feature.words[0], format_answer(labels)]
+        else:
             labels += [NOBODY] * (min(feature.listed, len(view.labels)) - len(labels))
-            parts.append(" ".join([feature.words[0], *(f"@{label}" for label in labels)]))
-    return [" ".join(parts)] if parts else []
+            inline.append(" ".join([feature.words[0], *(f"@{label}" for label in labels)]))
+    return [*([" ".join(inline)] if inline else []), *answers]
 
 
 def _best_first(feature: Feature, view: View) -> list[int]:

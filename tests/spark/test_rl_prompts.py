@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from gr2.prompts import load_template
+from gr2.prompts import format_answer, load_template
 from spark_jobs import rl_prompts
 from tests.spark import prompt_world
 
@@ -37,8 +37,7 @@ def test_prompts_of_relevant_requests_with_a_drawn_prior_that_the_text_follows(r
     assert 0.3 < result.detail["redrawn"] / sum(r["split"] == "rerank" for r in rows) < 0.7
     for row in rows:
         assert re.findall(r"^<a_\d+><b_\d+> .*@([A-T])$", row["prompt"], re.M) == row["shown"], "slots as shown"
-        listed = " ".join(f"@{label}" for label in row["incoming"])
-        assert f"{PRIOR} {listed} " in row["prompt"], "the evidence tells the order D that the reward knows"
+        assert f"\n{PRIOR}\n{format_answer(row['incoming'])}\n" in row["prompt"], "the evidence tells the order D that the reward knows"
         target = row["incoming"][row["grades"].index(1)]
         place = row["grades"].index(1) + 1
         original = asked[row["request_id"]]

@@ -20,7 +20,7 @@ from gr2.prompts import LABELS, Candidate, HistoryItem, Template, View, load_tem
 from gr2.rewards import _PIECE, citations, format_reward
 
 pytestmark = pytest.mark.unit
-TERSE, LISTS, FULL = load_template("rerank_v1"), load_template("rerank_v2"), load_template("rerank_llm_v1")
+TERSE, LISTS, FULL = load_template("rerank_v1"), load_template("rerank_v3"), load_template("rerank_llm_v1")
 COLUMNS = sorted(prompts.COLUMNS - prompts.DERIVED)
 
 
@@ -208,13 +208,13 @@ def test_listed_evidence_names_the_best_labels_and_keeps_its_places() -> None:
     said = prompts.evidence_of(view, LISTS)
     assert [i for i, s in enumerate(said) if s.get("next") == "nextTop"] == [2, 4, 5], "the three best; of equals the first"
     assert [i for i, s in enumerate(said) if s.get("next_best") == "nextBest"] == [2]
-    line = next(text for text in text_of(view, LISTS).split("\n") if text.startswith("priorTop"))
+    before, line, *last = text_of(view, LISTS).rsplit("\n", 4)
     a, b, c = (f"@{view.labels[place]}" for place in (2, 5, 4))
-    assert f" nextTop {a} {b} {c} pairTop @Z @Z @Z " in line, "a list of fewer is filled, so all that follows stands where it stood"
-    assert line.startswith("priorTop " + " ".join(f"@{label}" for label in view.labels) + " nextTop"), "the incoming order, whole"
-    assert "nextTop" not in text_of(view, LISTS).partition("priorTop")[0], "lines hold the item and its label"
+    assert line.startswith(f"nextTop {a} {b} {c} pairTop @Z @Z @Z "), "a list of fewer is filled, so all that follows stands where it stood"
+    assert last == ["priorTop", prompts.format_answer(view.labels), LISTS.closing["think"]], "the incoming order, whole, as an answer"
+    assert "Top" not in before, "lines hold the item and its label"
     few = make_view("r", [], [candidate(n) for n in range(2)], 0)
-    assert " nextTop @Z @Z pairTop @Z @Z " in text_of(few, LISTS), "no list is longer than the slate"
+    assert "\nnextTop @Z @Z pairTop @Z @Z " in text_of(few, LISTS), "no list is longer than the slate"
     assert prompts.NOBODY not in LABELS
 
 
@@ -223,6 +223,7 @@ def test_listed_claims_are_those_of_the_lists(view: View) -> None:
     shown = {}
     for part in re.findall(r"(\w+Top)((?: @[A-TZ])+)", text_of(view, LISTS)):
         shown[part[0]] = [label for label in re.findall(r"@(\w)", part[1]) if label != prompts.NOBODY]
+    shown["priorTop"] = list(view.labels)
     claims = {word for word in prompts.evidence_words(view, LISTS) if ":" in word and word.endswith("Top")}
     assert claims == {f"{label}:{word}" for word, labels in shown.items() for label in labels}
     assert all(len(labels) == len(set(labels)) <= len(view.labels) for labels in shown.values())
@@ -296,6 +297,7 @@ def broken(change: dict[str, object]) -> Template:
         ({"evidence": {"x": {"column": "recent", "at": [2, 1], "words": ["popLow", "popMid"]}}}, "must rise"),
         ({"evidence": {"x": {"column": "recent", "at": [1], "words": ["dayZero"]}}}, "one level of one feature"),
         ({"evidence": {"x": {"column": "recent", "at": [1, 2], "words": ["popLow", "popMid"], "listed": 3}}}, "one word and one threshold"),
+        ({"evidence": {"x": {"column": "recent", "at": [1], "words": ["popLow"], "as_answer": True}}}, "only a listed feature"),
         ({"closing": {"think": "x"}}, "closing needs"),
         ({"text_words": -1}, "text_words"),
     ],
@@ -306,7 +308,7 @@ def test_broken_templates_are_refused(change: dict[str, object], message: str) -
 
 
 def test_unknown_template_names_those_there_are() -> None:
-    with pytest.raises(ConfigError, match="rerank_llm_v1, rerank_v1, rerank_v2"):
+    with pytest.raises(ConfigError, match="rerank_llm_v1, rerank_v1, rerank_v3"):
         load_template("rerank_v9")
 
 
