@@ -37,11 +37,31 @@ class Paths(Section):
     root: Path = Path("var/demo")
 
 
+class Files(Section):
+    """Raw files of one kind, and which of their fields is which of the contract's; one that is not named is sought by its own name."""
+
+    files: tuple[str, ...] = ()  # patterns under data.path; `day=*/` in front: a folder a day; `!` in front: leaves out
+    format: Literal["jsonl", "csv", "parquet", "delta", "sequences"] = "jsonl"
+    columns: dict[Name, tuple[str, ...]] = {}  # contract's field -> names it may have in the files: the first with a value counts
+    constants: dict[Name, str] = {}  # contract's field -> value of every row
+    time: Literal["iso", "epoch"] = "iso"  # ISO 8601 with a zone, or seconds or milliseconds since 1970
+    order: Literal["time", "position"] = "time"  # position: the place in the user's sequence counts, and a time may be missing
+    user_of: tuple[str, ...] = ()  # fields whose values together stand for the user, where the log names none
+    clicked: str = ""  # field of an impression's row that is 1 where it was clicked: the row then tells of two events
+    purchased: str = ""  # the same for a purchase
+    request_of_row: bool = False  # each row is a request of its own, where the log names none
+    loose_price: bool = False  # the price is a text such as "$29.99"; one that is no price counts as unknown
+
+
 class Data(Section):
     """Where raw data come from and how they are cut into the re-ranker's splits (DESIGN section 4)."""
 
-    source: Literal["simulator", "jsonl", "amazon2014"] = "simulator"  # jsonl: day=YYYY-MM-DD/{events,items}.jsonl.gz, as simulated
+    # jsonl: day=YYYY-MM-DD/{events,items}.jsonl.gz, as simulated. amazon2014: prepared sequences. amazon_reviews: the lab's own files of
+    # 2014, 2018 or 2023. open_bandit: impressions with propensities. files: any other, by `events` and `items` below
+    source: Literal["simulator", "jsonl", "amazon2014", "amazon_reviews", "open_bandit", "files"] = "simulator"
     path: Path | None = None  # folder of raw files; the environment variable GR2_DATA is the fallback
+    events: Files = Files()  # with `files`, takes the place of what the source says of its events
+    items: Files = Files()  # the same for its items
     protocol: Literal["leave_one_out", "time"] = "time"
     same_day_order: Literal["as_published", "shuffled"] = "as_published"
     windows: tuple[Share, Share, Share] = (0.55, 0.75, 0.85)  # time protocol: ends of pre-ranker, re-ranker and picking windows
@@ -50,11 +70,6 @@ class Data(Section):
     session_gap_minutes: Positive = 30
     max_requests_per_user: Positive = 1  # time protocol: targets a user gives to one split
     max_quarantine_share: Share = 0.05  # more refused rows than this fail the gate
-
-    @property
-    def dated(self) -> bool:
-        """Whether raw files come in a folder a day."""
-        return self.source != "amazon2014"
 
 
 class Simulator(Section):
@@ -365,6 +380,8 @@ class Config(Section):
             raise ValueError(f"candidates.beam ({self.candidates.beam}) must be at least candidates.n ({self.candidates.n})")
         if self.candidates.n > 20:
             raise ValueError("candidates.n must be at most 20: there are 20 labels")
+        if self.data.source == "files" and not self.data.events.files:
+            raise ValueError("data.source is files: say which in data.events.files, such as ['clicks/*.parquet']")
         if max(self.rl.student.processes, self.rl.teacher.processes, self.opd.train.processes) > 1:
             raise ValueError("rl and opd sample and train in one process: set their processes to 1")
         return self

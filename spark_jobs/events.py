@@ -1,11 +1,12 @@
 """Stage `events`: raw logs to one row an event.
 
-Reads   raw files: a folder a day of JSON lines (simulated ones are written first where they are missing), or the Amazon 2014 format.
+Reads   raw files of the profile's source (`sources.py`); simulated days are written first where they are missing.
 Writes  `events` (one user-item event; event_id), `quarantine` (one refused row; quarantine_id).
 Rerun   both tables are insert-only on a key that is a hash of content: rows that are there are left as they are.
 Run     gr2 stage events --profile demo [--date 2026-01-05]
 
-Rows in = new rows published + duplicates + rows refused; the sum is checked from independent counts (DESIGN contract 5).
+Rows in = new rows published + duplicates + rows refused; the sum is checked from independent counts (DESIGN contract 5). A row that tells
+of several events, such as an impression with its click, counts as each of them.
 """
 
 import time
@@ -17,16 +18,17 @@ from pyspark.sql import functions as F
 
 import schemas
 from gr2 import simulate
-from gr2.config import Config
+from gr2.config import Config, Files
 from gr2.context import Context, Result
-from gr2.errors import AuditError, InputError
-from spark_jobs import readers
+from gr2.errors import AuditError
+from spark_jobs import readers, sources
 from spark_jobs.publish import publish
 from spark_jobs.session import read
 
 FIELDS = ("kind", "user_id", "item_id", "time", "request_id", "row", "col", "propensity", "rating", "position")
 KINDS = ("view", "click", "purchase", "review", "impression")
-ISO = r"^\d{4}-\d{2}-\d{2}T\d{2}:\d{2}(:\d{2}(\.\d{1,9})?)?(Z|[+-]\d{2}:?\d{2})$"  # a zone is required
+ISO = r"^\d{4}-\d{2}-\d{2}[T ]\d{2}:\d{2}(:\d{2}(\.\d{1,9})?)?(Z|[+-]\d{2}:?\d{2})$"  # a zone is required
+EPOCH = r"^\d{1,14}$"  # seconds since 1970, or milliseconds where there are twelve digits
 EARLIEST = "1990-01-01"  # before: a clock that was never set
 PERIODS = {"day": "yyyy-MM-dd", "month": "yyyy-MM", "year": "yyyy"}
 
@@ -40,66 +42,28 @@ def run(cfg: Config, ctx: Context) -> Result:
         started = time.monotonic()
         written = simulate.write_days(cfg.simulator, cfg.seed, ctx.raw_path(), readers.known_days(ctx), ctx.root / "truth")
         ctx.log(f"events: simulated {len(written)} days in {time.monotonic() - started:.1f} s")
-    lines, names = by_day(ctx) if cfg.data.dated else amazon2014(ctx)
-    judged = judge(lines).persist(StorageLevel.MEMORY_AND_DISK)
+    raw = sources.open_source(ctx, "events", FIELDS, days=True)
+    judged = judge(with_time(raw.frame, raw.files), raw.fields).persist(StorageLevel.MEMORY_AND_DISK)
     try:
-        return _ingest(cfg, ctx, judged, names)
+        return _ingest(cfg, ctx, judged, raw)
     finally:
         judged.unpersist()
 
 
-def by_day(ctx: Context) -> tuple[DataFrame, list[str]]:
-    """Log lines of the days to read with their fields as text, and the files' names. Raises InputError for no such day."""
-    root = ctx.raw_path()
-    paths = readers.files(root, [f"day={d}/events.jsonl.gz" for d in readers.known_days(ctx)])
-    frame = readers.json_fields(readers.lines(ctx, paths, depth=2), FIELDS)
-    timed = F.when(F.col("time").rlike(ISO), F.col("time").try_cast("timestamp"))
-    ready = frame.withColumns({"event_time": timed, "needs_time": F.lit(True), "ingest_date": readers.day_of_file()})
-    return ready, [str(p.relative_to(root)) for p in paths]
-
-
-def amazon2014(ctx: Context) -> tuple[DataFrame, list[str]]:
-    """Reviews from `interactions.csv.gz` (user_id,item_id,position,timestamp in unix seconds), or, without it, from `sequences.txt.gz`."""
-    root = ctx.raw_path()
-    paths = readers.files(root, ["interactions.csv.gz"], required=False)
-    if paths:
-        columns = readers.header(paths[0])
-        if missing := {"user_id", "item_id", "position"} - set(columns):
-            raise InputError(f"interactions.csv.gz lacks the columns {sorted(missing)}; its header is {','.join(columns)}")
-        known = tuple("timestamp" if f == "time" else f for f in FIELDS if f != "kind")
-        frame = readers.csv_fields(readers.lines(ctx, paths, depth=1), columns, known).withColumnRenamed("timestamp", "time")
+def with_time(frame: DataFrame, files: Files) -> DataFrame:
+    """Adds `event_time` (null where it cannot be read) and `needs_time`."""
+    if files.time == "iso":
+        time = F.when(F.col("time").rlike(ISO), F.col("time").try_cast("timestamp"))
     else:
-        paths = readers.files(root, ["interactions.csv.gz", "sequences.txt.gz"])
-        frame = _sequences(readers.lines(ctx, paths, depth=1))
-    seconds = F.when(F.col("time").rlike(r"^\d{1,12}$"), F.timestamp_seconds(F.col("time").cast("long")))
-    ready = frame.withColumns({"kind": F.lit("review"), "event_time": seconds, "needs_time": F.lit(False), "ingest_date": F.lit(ctx.day)})
-    return ready, [p.name for p in paths]
-
-
-def _sequences(lines: DataFrame) -> DataFrame:
-    """`user item item ...`, oldest first: one row an item; a line without items is one row that is not parsed."""
-    words = F.split(F.trim("record"), r"\s+")
-    empty = {f: F.lit(None).cast("string") for f in ("time", "request_id", "row", "col", "propensity", "rating")}
-    return (
-        lines.withColumn("words", words)
-        .select("record", "source_file", "words", F.posexplode_outer(F.expr("slice(words, 2, size(words))")).alias("place", "item_id"))
-        .withColumns(
-            {
-                "parsed": F.col("item_id").isNotNull(),
-                "user_id": F.col("words")[0],
-                "position": (F.col("place") + 1).cast("string"),
-                "record": F.when(F.col("item_id").isNull(), F.col("record")).otherwise(
-                    F.concat_ws(" ", F.col("words")[0], (F.col("place") + 1).cast("string"), "item_id")
-                ),
-                "unknown": F.array().cast("array<string>"),
-                **empty,
-            }
+        number = F.col("time").cast("long")
+        time = F.when(
+            F.col("time").rlike(EPOCH), F.when(F.length("time") < 12, F.timestamp_seconds(number)).otherwise(F.timestamp_millis(number))
         )
-    )
+    return frame.withColumns({"event_time": time, "needs_time": F.lit(files.order == "time")})
 
 
-def judge(frame: DataFrame) -> DataFrame:
-    """Types the fields, and names in `reason` the first rule that refuses the row (null: none does)."""
+def judge(frame: DataFrame, names: tuple[str, ...]) -> DataFrame:
+    """Types the fields, and names in `reason` the first rule that refuses the row (null: none does). `names`: the files' own."""
     typed = {
         "slot_row": F.col("row").try_cast("int"),
         "slot_col": F.col("col").try_cast("int"),
@@ -107,9 +71,9 @@ def judge(frame: DataFrame) -> DataFrame:
         "rating_value": F.col("rating").try_cast("double"),
         "source_order": F.col("position").try_cast("long"),
     }
-    judged = frame.withColumns(typed).withColumn("reason", readers.first_reason(_rules()))
-    texts = ("kind", "user_id", "item_id", "time", "request_id", "record", "source_file", "ingest_date", "event_time", "unknown", "reason")
-    return judged.select(*texts, *typed)
+    judged = readers.with_reason(frame.withColumns(typed), _rules(), names)
+    texts = ("kind", "user_id", "item_id", "time", "request_id", "source_file", "ingest_date", "event_time", "unknown")
+    return judged.select(*texts, *typed, "reason", "kept", "record_hash")
 
 
 def _rules() -> dict[str, Column]:
@@ -141,8 +105,11 @@ def _rules() -> dict[str, Column]:
     }
 
 
-def to_events(frame: DataFrame, source: str, period: str) -> DataFrame:
-    """Accepted rows in the contract of `events`, equal events once (the first file's row stands)."""
+def to_events(frame: DataFrame, source: str, period: str, fill: bool) -> DataFrame:
+    """Accepted rows in the contract of `events`, equal events once (the first file's row stands).
+
+    `fill`: days that are not known are those of the user's event before (else after).
+    """
     parts = ("user_id", "item_id", "kind", "time", "request_id", "slot_row", "slot_col", "source_order")
     identity = F.sha2(F.concat_ws("\n", F.lit(source), *(F.coalesce(F.col(p).cast("string"), F.lit("")) for p in parts)), 256)
     kept = ("source_file", *parts, "event_time", "rating_value", "propensity_value", "ingest_date")
@@ -155,7 +122,7 @@ def to_events(frame: DataFrame, source: str, period: str) -> DataFrame:
     order = Window.partitionBy("user_id").orderBy("source_order", "event_id")
     before, after = order.rowsBetween(Window.unboundedPreceding, 0), order.rowsBetween(0, Window.unboundedFollowing)
     known = F.to_date("event_time")
-    if source == "amazon2014":  # elsewhere every event has a time: no window over all rows is needed
+    if fill:  # elsewhere every event has a time: no window over all rows is needed
         known = F.coalesce(
             F.last(known, ignorenulls=True).over(before), F.first(known, ignorenulls=True).over(after), F.lit("1970-01-01").cast("date")
         )
@@ -167,7 +134,7 @@ def to_events(frame: DataFrame, source: str, period: str) -> DataFrame:
     )
 
 
-def _ingest(cfg: Config, ctx: Context, judged: DataFrame, names: list[str]) -> Result:
+def _ingest(cfg: Config, ctx: Context, judged: DataFrame, raw: sources.Raw) -> Result:
     with readers.reading():
         counts = (
             judged.groupBy("source_file", "reason").agg(F.count(F.lit(1)).alias("n"), F.sum(F.size("unknown")).alias("unknown")).collect()
@@ -177,22 +144,25 @@ def _ingest(cfg: Config, ctx: Context, judged: DataFrame, names: list[str]) -> R
     for c in counts:
         if c["reason"] is not None:
             reasons[c["reason"]] = reasons.get(c["reason"], 0) + c["n"]
-    empty = sorted(set(names) - {c["source_file"] for c in counts})
-    detail: dict[str, Any] = {"files": len(names), "reasons": dict(sorted(reasons.items())), "unknown_columns": {}, "empty_files": empty}
+    empty = sorted(set(raw.names) - {c["source_file"] for c in counts}) if raw.files.format != "parquet" else []  # those name their parts
+    detail: dict[str, Any] = {
+        "files": len(raw.names),
+        "reasons": dict(sorted(reasons.items())),
+        "unknown_columns": {},
+        "empty_files": empty,
+    }
     if empty:
         ctx.log(f"events: no rows in {', '.join(empty[:5])}{' ...' if len(empty) > 5 else ''}")
     if rows_in == 0:
         ctx.log("events: nothing to publish")
         return Result(detail=detail)
     if any(c["unknown"] and c["unknown"] > 0 for c in counts):
-        named = (
-            judged.select(F.explode("unknown").alias("name")).groupBy("name").count().orderBy(F.desc("count"), "name").limit(20).collect()
-        )
-        detail["unknown_columns"] = {r["name"]: r["count"] for r in named}
+        detail["unknown_columns"] = readers.unknown_columns(judged)
         ctx.log(f"events: dropped columns that no contract declares: {detail['unknown_columns']}")
     readers.keep_refused(ctx, judged.where(F.col("reason").isNotNull()), "events", detail["reasons"], rows_in)
 
-    events = to_events(judged.where(F.col("reason").isNull()), cfg.data.source, cfg.data.period).persist(StorageLevel.MEMORY_AND_DISK)
+    good_rows, fill = judged.where(F.col("reason").isNull()), raw.files.order == "position"
+    events = to_events(good_rows, cfg.data.source, cfg.data.period, fill).persist(StorageLevel.MEMORY_AND_DISK)
     try:
         distinct = events.count()
         known = 0

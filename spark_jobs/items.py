@@ -1,6 +1,6 @@
 """Stage `items`: the catalogue, with the text that models read.
 
-Reads   `items.jsonl.gz` of every day that is there, or of the Amazon 2014 folder; `events`, for items that have no metadata.
+Reads   the metadata of the profile's source (`sources.py`), of every day that is there; `events`, for items that have none.
 Writes  `items` (one item; item_id), `quarantine` (one refused row; quarantine_id).
 Rerun   the whole table is replaced; equal content makes no new version.
 Run     gr2 stage items --profile demo
@@ -14,46 +14,52 @@ import schemas
 from gr2.config import Config
 from gr2.context import Context, Result
 from gr2.errors import AuditError
-from spark_jobs import readers
+from spark_jobs import readers, sources
 from spark_jobs.publish import publish
 from spark_jobs.session import read
 
 FIELDS = ("item_id", "title", "brand", "categories", "price", "text_id", "since", "asin", "attribute_ids")
 TITLE = 300  # characters kept
+PRICE = r"^\s*\$?\s*([0-9][0-9,]*(?:\.[0-9]+)?)\s*$"  # of a text that may be no price at all
 GLUE = "\u0001"  # joins categories while their entities are resolved
 
 
 def run(cfg: Config, ctx: Context) -> Result:
     """Builds the catalogue. Raises InputError for an unreadable file, AuditError if too many rows were refused or the sum is broken."""
-    root, dated = ctx.raw_path(), cfg.data.dated
-    paths = readers.files(root, ["day=*/items.jsonl.gz"] if dated else ["items.jsonl.gz"])
-    lines = readers.json_fields(readers.lines(ctx, paths, depth=2 if dated else 1), FIELDS).drop("fields")
-    day = readers.day_of_file() if dated else F.lit(ctx.day)
-    judged = judge(lines.withColumn("ingest_date", day)).persist(StorageLevel.MEMORY_AND_DISK)
+    raw = sources.open_source(ctx, "items", FIELDS)
+    judged = judge(raw.frame, raw.fields, raw.files.loose_price).persist(StorageLevel.MEMORY_AND_DISK)
     try:
         with readers.reading():
             counts = {r["reason"]: r["count"] for r in judged.groupBy("reason").count().collect()}
         rows_in, good = sum(counts.values()), counts.pop(None, 0)
         reasons = dict(sorted(counts.items()))
         readers.keep_refused(ctx, judged.where(F.col("reason").isNotNull()), "items", reasons, rows_in)
-        described = to_items(judged.where(F.col("reason").isNull()), known_days=dated).persist(StorageLevel.MEMORY_AND_DISK)
+        events = read(ctx, "events")
+        described = to_items(judged.where(F.col("reason").isNull()), None if raw.dated else events).persist(StorageLevel.MEMORY_AND_DISK)
         distinct = described.count()
-        bare = bare_items(read(ctx, "events"), described, known_days=dated)
+        bare = bare_items(events, described)
         published = publish(ctx, "items", described.unionByName(bare))
         without_text = len(ctx.lake.read("items", ["item_id"], has_text=False))
+        unknown = readers.unknown_columns(judged)
         described.unpersist()
     finally:
         judged.unpersist()
     if published < distinct:
         raise AuditError(f"items: {distinct} items were read, but {published} published: rows were lost")
-    detail = {"reasons": reasons, "without_metadata": published - distinct, "without_text": without_text}
+    detail = {"reasons": reasons, "unknown_columns": unknown, "without_metadata": published - distinct, "without_text": without_text}
     ctx.log(f"items: {published - distinct} only in events, {without_text} without text")
     return Result(rows_in=rows_in, rows_out=published, quarantined=rows_in - good, duplicates=good - distinct, detail=detail)
 
 
-def judge(frame: DataFrame) -> DataFrame:
-    """Types the fields, and names in `reason` the first rule that refuses the row."""
-    price, categories = F.col("price").try_cast("double"), F.from_json("categories", "array<string>")
+def judge(frame: DataFrame, names: tuple[str, ...], loose_price: bool) -> DataFrame:
+    """Types the fields, and names in `reason` the first rule that refuses the row. `names`: the files' own."""
+    text = F.col("price")
+    if loose_price:
+        found = F.regexp_replace(F.regexp_extract(text, PRICE, 1), ",", "")
+        text = F.when(found != "", found)
+    price, listed = text.try_cast("double"), F.col("categories")
+    nested = F.flatten(F.from_json(listed, "array<array<string>>"))
+    categories = F.when(listed.rlike(r"^\s*\[\s*\["), F.array_distinct(nested)).otherwise(F.from_json(listed, "array<string>"))
     infinite = F.abs(price) == float("inf")
     rules = {
         "not_json": ~F.col("parsed"),
@@ -62,9 +68,9 @@ def judge(frame: DataFrame) -> DataFrame:
         "bad_title": _container("title"),
         "bad_brand": _container("brand"),
         "bad_categories": F.col("categories").isNotNull() & categories.isNull(),
-        "bad_price": F.col("price").isNotNull() & F.coalesce((price < 0) | F.isnan(price) | infinite, F.lit(True)),
+        "bad_price": text.isNotNull() & F.coalesce((price < 0) | F.isnan(price) | infinite, F.lit(True)),
     }
-    return frame.withColumns({"price_value": price, "category_list": categories, "reason": readers.first_reason(rules)})
+    return readers.with_reason(frame.withColumns({"price_value": price, "category_list": categories}), rules, names).drop("fields")
 
 
 def _container(name: str) -> Column:
@@ -84,10 +90,15 @@ def _nothing() -> Column:
     return F.slice(F.array(F.lit("")), 1, 0)
 
 
-def to_items(frame: DataFrame, known_days: bool) -> DataFrame:
-    """Accepted rows in the contract of `items`; of several rows of one item the latest file's stands."""
+def to_items(frame: DataFrame, events: DataFrame | None) -> DataFrame:
+    """Accepted rows in the contract of `items`; of several rows of one item the latest file's stands.
+
+    An item is first seen on the day of its file; where files have no day, `events` tell: the first day that is known.
+    """
     latest = F.struct("source_file", "record", "title", "brand", "category_list", "price_value", "text_id")
     one = frame.groupBy("item_id").agg(F.max(latest).alias("row"), F.min("ingest_date").alias("day")).select("item_id", "row.*", "day")
+    if events is not None:
+        one = one.drop("day").join(first_days(events), on="item_id", how="left").withColumnRenamed("first", "day")
     plain = one.withColumns(
         {
             "title": F.substring(resolved(F.col("title")), 1, TITLE),
@@ -108,19 +119,24 @@ def to_items(frame: DataFrame, known_days: bool) -> DataFrame:
                 "price": F.col("price_value"),
                 "has_text": F.length("words") > 0,
                 "text": F.when(F.length("words") > 0, F.col("words")).otherwise(F.col("item_id")),
-                "first_seen": F.col("day") if known_days else F.lit(None).cast("date"),
+                "first_seen": F.col("day"),
             }
         )
         .select(*schemas.get("items").names())
     )
 
 
-def bare_items(events: DataFrame, described: DataFrame, known_days: bool) -> DataFrame:
+def first_days(events: DataFrame) -> DataFrame:
+    """`item_id, first`: the first known day of an event."""
+    return events.groupBy("item_id").agg(F.min(F.when(F.col("day_known"), F.col("event_date"))).alias("first"))
+
+
+def bare_items(events: DataFrame, described: DataFrame) -> DataFrame:
     """A row for each item that events name and the metadata do not: its text is its id."""
-    seen = events.groupBy("item_id").agg(F.min("event_date").alias("first"))
     nothing = F.lit(None).cast("string")
     return (
-        seen.join(described.select("item_id"), on="item_id", how="left_anti")
+        first_days(events)
+        .join(described.select("item_id"), on="item_id", how="left_anti")
         .withColumns(
             {
                 "title": nothing,
@@ -129,7 +145,7 @@ def bare_items(events: DataFrame, described: DataFrame, known_days: bool) -> Dat
                 "price": F.lit(None).cast("double"),
                 "text": F.col("item_id"),
                 "has_text": F.lit(False),
-                "first_seen": F.col("first") if known_days else F.lit(None).cast("date"),
+                "first_seen": F.col("first"),
             }
         )
         .select(*schemas.get("items").names())

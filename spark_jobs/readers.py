@@ -1,14 +1,15 @@
-"""Reading what comes from outside: files under their root, lines as text, fields as text, refused rows.
+"""Reading what comes from outside: files under their root, lines as text, days, refused rows.
 
 Nothing is trusted before a rule has judged it: every field arrives as a string, and a file that cannot be read whole is an InputError
-that names it. Used by the stages `events` and `items`.
+that names it. Used by `sources.py` and the stages `events` and `items`.
 """
 
 import contextlib
 import datetime as dt
+import fnmatch
 import gzip
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from py4j.protocol import Py4JJavaError
@@ -21,26 +22,23 @@ from gr2.errors import AuditError, InputError
 from spark_jobs.publish import publish
 
 IDENTIFIER = r'^[^\s{}\[\]"]{1,128}$'  # an object or a list in the place of an id does not match
-PERSONAL = (
-    r"(reviewer_?name|reviewer_?id|reviewer_?text|review_?text|first_?name|last_?name|full_?name|user_?name|e_?mail|phone|address|ip)"
-)
 RECORD = 500  # characters that quarantine keeps
 
 
-def files(root: Path, patterns: list[str], required: bool = True) -> list[Path]:
-    """Files under `root` that match, in order.
+def files(root: Path, patterns: Sequence[str], folders: bool = False) -> list[Path]:
+    """Files (or folders, for tables) under `root` that match a pattern and none that begins with `!`, in order; none is no error here.
 
-    Raises InputError for none at all, for one that leads out of the root, or for one of zero bytes.
+    Raises InputError for one that leads out of the root, and for one of zero bytes.
     """
-    inside, found = root.resolve(), sorted({p for pattern in patterns for p in root.glob(pattern)})
-    for path in found:
+    inside, left_out = root.resolve(), [p[1:] for p in patterns if p.startswith("!")]
+    found = sorted({p for pattern in patterns if not pattern.startswith("!") for p in root.glob(pattern) if p.is_dir() == folders})
+    kept = [p for p in found if not any(fnmatch.fnmatch(p.name, pattern) for pattern in left_out)]
+    for path in kept:
         if not path.resolve().is_relative_to(inside):
             raise InputError(f"{path.relative_to(root)} leads out of the data folder: only files under it are read")
-        if path.stat().st_size == 0:
+        if not folders and path.stat().st_size == 0:
             raise InputError(f"{path.relative_to(root)} has no bytes: not even a gzip header; fetch it again")
-    if required and not found:
-        raise InputError(f"{root} has no {' or '.join(patterns)}")
-    return found
+    return kept
 
 
 @contextlib.contextmanager
@@ -59,7 +57,7 @@ def reading() -> Iterator[None]:
 def header(path: Path) -> list[str]:
     """Column names of a CSV file. Raises InputError for a file without a readable first line."""
     try:
-        with gzip.open(path, "rt", encoding="utf-8") as file:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
             return file.readline().rstrip("\r\n").split(",")
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read the header of {path.name}: {error}") from None
@@ -77,60 +75,47 @@ def day_of_file(source_file: str = "source_file") -> Column:
     return F.regexp_extract(source_file, r"day=(\d{4}-\d{2}-\d{2})", 1).cast("date")
 
 
-def json_fields(frame: DataFrame, known: tuple[str, ...]) -> DataFrame:
-    """Adds `parsed` (whether the line is one JSON object), each known field as text (null where absent), and `unknown`: other field names.
-
-    Parsing into a map of strings keeps names that nobody declared, so that they can be counted, and leaves judging types to the rules.
-    """
-    fields = F.when(F.col("record").rlike(r"\}\s*$"), F.from_json("record", "map<string,string>"))
-    return frame.withColumn("fields", fields).select(
-        "*",
-        F.col("fields").isNotNull().alias("parsed"),
-        *(F.col("fields")[name].alias(name) for name in known),
-        F.array_except(F.map_keys("fields"), F.array(*(F.lit(k) for k in known))).alias("unknown"),
-    )
-
-
-def csv_fields(frame: DataFrame, columns: list[str], known: tuple[str, ...]) -> DataFrame:
-    """As `json_fields` for lines of CSV under a header; a line with more or fewer fields is not parsed."""
-    schema = ", ".join(f"`{c.replace('`', '')}` string" for c in [*columns, "_broken"])
-    options = {"columnNameOfCorruptRecord": "_broken", "mode": "PERMISSIVE"}
-    extra = [c for c in columns if c not in known]
-    return (
-        frame.where(F.col("record") != ",".join(columns))
-        .withColumn("fields", F.from_csv("record", F.lit(schema), options))
-        .select(
-            "*",
-            F.col("fields._broken").isNull().alias("parsed"),
-            *((F.col(f"fields.`{k}`") if k in columns else F.lit(None).cast("string")).alias(k) for k in known),
-            F.array(*(F.lit(c) for c in extra)).cast("array<string>").alias("unknown"),
-        )
-    )
-
-
 def first_reason(rules: dict[str, Column]) -> Column:
     """The name of the first rule that refuses the row, or null. A rule is true where it refuses; unknown is not a refusal."""
     return F.coalesce(*(F.when(F.coalesce(refuses, F.lit(False)), F.lit(name)) for name, refuses in rules.items()))
 
 
+def with_reason(frame: DataFrame, rules: dict[str, Column], names: Sequence[str]) -> DataFrame:
+    """Adds `reason`, and for refused rows what is kept of them: `record_hash`, and `kept`, the fields that a contract declares.
+
+    `names`: how the files call those fields. Of a line that could not be parsed, the pairs `"name": value` that can be told are kept: what
+    else stands in it may be personal.
+    """
+    judged = frame.withColumn("reason", first_reason(rules))
+    refused, known = F.col("reason").isNotNull(), "|".join(re.escape(name) for name in names)
+    fields = F.to_json(F.map_filter("fields", lambda name, value: value.isNotNull() & name.isin(*names)))
+    pairs = F.regexp_extract_all("record", F.lit(rf"""["'](?:{known})["']\s*:\s*(?:"[^"]*"?|'[^']*'?|[^,"'}}\]]*)"""), F.lit(0))
+    text = F.substring(F.when(F.col("parsed"), fields).otherwise(F.array_join(pairs, ", ")), 1, RECORD)
+    return judged.withColumns({"kept": F.when(refused, text), "record_hash": F.when(refused, F.sha2("record", 256))})
+
+
 def quarantined(frame: DataFrame, target: str) -> DataFrame:
-    """Refused rows (columns record, source_file, reason, ingest_date) in the contract of `quarantine`, equal ones once."""
-    safe = F.regexp_replace("record", rf'(?i)"{PERSONAL}"\s*:\s*("([^"\\]|\\.)*"?|[^,}}\]]*)', '"$1":"removed"')
-    locator = F.substring(F.sha2("record", 256), 1, 16)
-    identity = F.sha2(F.concat_ws("\n", "source_file", F.lit(target), "reason", "record"), 256)
+    """Refused rows (columns kept, record_hash, source_file, reason, ingest_date) in the contract of `quarantine`, equal ones once."""
+    identity = F.sha2(F.concat_ws("\n", "source_file", F.lit(target), "reason", "record_hash"), 256)
     return (
-        frame.groupBy(F.substring(identity, 1, 32).alias("quarantine_id"), "reason", "source_file", "record")
+        frame.groupBy(F.substring(identity, 1, 32).alias("quarantine_id"), "reason", "source_file", "record_hash", "kept")
         .agg(F.min("ingest_date").alias("ingest_date"))
         .select(
             "quarantine_id",
             F.lit(target).alias("target"),
             "reason",
             "source_file",
-            locator.alias("locator"),
-            F.substring(safe, 1, RECORD).alias("record"),
+            F.substring("record_hash", 1, 16).alias("locator"),
+            F.coalesce("kept", F.lit("")).alias("record"),
             "ingest_date",
         )
     )
+
+
+def unknown_columns(judged: DataFrame) -> dict[str, int]:
+    """Rows by name of a field that no contract declares, the twenty most frequent: they are dropped, and counted."""
+    named = judged.select(F.explode("unknown").alias("name")).groupBy("name").count().orderBy(F.desc("count"), "name").limit(20).collect()
+    return {row["name"]: row["count"] for row in named}
 
 
 def keep_refused(ctx: Context, frame: DataFrame, target: str, reasons: dict[str, int], rows_in: int) -> None:
@@ -156,13 +141,13 @@ def known_days(ctx: Context) -> list[dt.date]:
     """
     if ctx.date:
         return [ctx.date]
-    if ctx.cfg.data.source == "jsonl":
-        days = [_day_of(folder.name) for folder in sorted(ctx.raw_path().glob("day=*"))]
-        if not (due := [day for day in days if day <= ctx.day]):
-            raise InputError(f"{ctx.raw_path()} has no day=*/events.jsonl.gz up to {ctx.day}")
-        return due
-    start = dt.date.fromisoformat(ctx.cfg.simulator.start)
-    return [start + dt.timedelta(days=i) for i in range((ctx.day - start).days + 1)]
+    if ctx.cfg.data.source == "simulator":
+        start = dt.date.fromisoformat(ctx.cfg.simulator.start)
+        return [start + dt.timedelta(days=i) for i in range((ctx.day - start).days + 1)]
+    days = [_day_of(folder.name) for folder in sorted(ctx.raw_path().glob("day=*"))]
+    if not (due := [day for day in days if day <= ctx.day]):
+        raise InputError(f"{ctx.raw_path()} has no day=YYYY-MM-DD up to {ctx.day}")
+    return due
 
 
 def _day_of(folder: str) -> dt.date:

@@ -2,6 +2,7 @@
 
 import datetime as dt
 import gzip
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -12,7 +13,7 @@ from event_world import write
 import schemas
 from gr2.context import Context
 from gr2.errors import AuditError, InputError
-from spark_jobs import events, interactions, items
+from spark_jobs import events, interactions, items, sources
 from spark_jobs.session import read
 
 pytestmark = pytest.mark.spark
@@ -73,13 +74,15 @@ def test_every_rule_refuses_what_it_is_for_and_nothing_else(ctx):
     ]
     rows += [(None, json.dumps(x)) for x in good]
     day_of(ctx, [text for _, text in rows])
-    frame, _ = events.by_day(Context(ctx.cfg, dt.date.fromisoformat(DAY)))
-    assert [(r["record"], r["reason"]) for r in events.judge(frame).collect()] == [(text, reason) for reason, text in rows]
+    raw = sources.open_source(Context(ctx.cfg, dt.date.fromisoformat(DAY)), "events", events.FIELDS, days=True)
+    judged = events.judge(events.with_time(raw.frame, raw.files), raw.fields).collect()
+    assert [r["reason"] for r in judged] == [reason for reason, _ in rows]
+    assert [r["record_hash"] for r in judged] == [reason and hashlib.sha256(text.encode()).hexdigest() for reason, text in rows]
 
 
 def test_ingestion_adds_up_and_a_rerun_adds_nothing(make_ctx):
     ctx = make_ctx(ONE_DAY)
-    bad = [line(user_id="absent", email="a.b@example.org", reviewerName='Jo "J" Doe', note="x" * 900), "{", "{"]
+    bad = [line(user_id="absent", email="a.b@example.org", reviewerName='Jo "J" Doe', note="x" * 900, request_id="r" * 900), "{", "{"]
     day_of(ctx, [line(), line(), line(item_id="i2", colour="red", size=3), line(kind="purchase", colour="blue"), *bad])
     first = events.run(ctx.cfg, ctx)
     assert (first.rows_in, first.rows_out, first.duplicates, first.quarantined) == (7, 3, 1, 3)
@@ -89,6 +92,7 @@ def test_ingestion_adds_up_and_a_rerun_adds_nothing(make_ctx):
     assert len(kept["missing_user"]["record"]) == 500
     assert "example.org" not in kept["missing_user"]["record"]
     assert "Doe" not in kept["missing_user"]["record"]
+    assert "note" not in kept["missing_user"]["record"], "what no contract declares is not kept"
     assert kept["not_json"]["source_file"] == f"day={DAY}/events.jsonl.gz"
     before = {t: (ctx.lake.version(t), content(ctx, t)) for t in ("events", "quarantine")}
     again = events.run(ctx.cfg, ctx)
@@ -244,7 +248,7 @@ def test_without_the_csv_file_the_sequences_are_read(amazon):
 
 def test_a_folder_without_the_files_or_a_file_without_the_columns_is_refused(amazon):
     ctx, folder = amazon
-    with pytest.raises(InputError, match=r"has no interactions\.csv\.gz or sequences\.txt\.gz"):
+    with pytest.raises(InputError, match=r"has no interactions\.csv\.gz or sequences\.txt\.gz or sequences"):
         events.run(ctx.cfg, ctx)
     write(folder / "interactions.csv.gz", ["user,item", "1,2"])
     with pytest.raises(InputError, match="lacks the columns"):
