@@ -349,6 +349,13 @@ class Evaluation(Section):
     max_invalid_rate: Share = 1.0
 
 
+class Maintenance(Section):
+    """Joining small files, removing old ones."""
+
+    keep_days: float = Field(7.0, ge=0)  # versions so young stay readable, pinned or not
+    small_files: Positive = 16  # files of one partition; more are joined
+
+
 class Config(Section):
     """One profile, complete."""
 
@@ -373,6 +380,7 @@ class Config(Section):
     distill: Distill = Distill()
     scoring: Scoring = Scoring()
     evaluation: Evaluation = Evaluation()
+    maintenance: Maintenance = Maintenance()
 
     @model_validator(mode="after")
     def _consistent(self) -> "Config":

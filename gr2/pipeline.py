@@ -136,6 +136,7 @@ STAGES = (
     ),
     Stage("release", "spark_jobs.release", (), ("metrics", "audits", "rerank_scores"), ("releases", "stage_runs")),
     Stage("report", "spark_jobs.report", (), ("metrics", "audits", "releases", "stage_runs"), ()),
+    Stage("maintenance", "spark_jobs.maintenance", ("maintenance",), ("releases",), ()),
 )
 
 
@@ -171,7 +172,7 @@ def fingerprint(stage: Stage, cfg: Config, ctx: Context) -> str:
     parts: dict[str, Any] = {
         **settings_of(stage, cfg),
         "date": str(ctx.date),
-        "tables": {t: ctx.lake.version(t) if ctx.lake.exists(t) else None for t in stage.reads},
+        "tables": {t: ctx.lake.content_version(t) if ctx.lake.exists(t) else None for t in stage.reads},
         "models": {m: _current(ctx.root, m) for m in stage.uses},
     }
     if not stage.reads:

@@ -12,6 +12,9 @@ import schemas
 from gr2.errors import MissingInputError
 from gr2.pipeline import builder_of
 
+UPKEEP = ("OPTIMIZE", "VACUUM START", "VACUUM END", "SET TBLPROPERTIES")
+HISTORY = 100  # commits that are looked through for the last that changed rows
+
 
 class Lake:
     """The tables under `root`, each at its latest version, or at the pinned one."""
@@ -38,6 +41,11 @@ class Lake:
     def version(self, name: str) -> int:
         """Version that `read` gives."""
         return self.open(name).version()
+
+    def content_version(self, name: str) -> int:
+        """Latest version that changed rows: what OPTIMIZE, VACUUM and settings commit is the same content to a stage."""
+        commits = self.open(name).history(HISTORY)
+        return int(next((c["version"] for c in commits if c.get("operation") not in UPKEEP), commits[-1]["version"]))
 
     def dataset(self, name: str) -> ds.Dataset:
         """The table as an Arrow dataset, for DuckDB and for streaming."""

@@ -13,6 +13,8 @@ from gr2.context import Context
 from gr2.errors import InputError
 from schemas.lake import Lake
 
+SHOWN = 100  # rows of a table on a terminal
+
 
 def promoted_pins(ctx: Context) -> dict[str, int]:
     """Table versions of the promoted release; empty before the first release, when the latest versions are read."""
@@ -53,7 +55,9 @@ def print_query(ctx: Context, text: str, output: str, latest: bool) -> None:
         writer.writerow(result.column_names)
         writer.writerows(list(row.values()) for row in result.to_pylist())
     else:
-        _print_table(result.column_names, [[_cell(v) for v in row.values()] for row in result.to_pylist()])
+        _print_table(result.column_names, [[_cell(v) for v in row.values()] for row in result.slice(0, SHOWN).to_pylist()])
+        if result.num_rows > SHOWN:
+            print(f"the first {SHOWN} of {result.num_rows:,} rows; --format csv or json prints all", file=sys.stderr)
 
 
 def print_tables(ctx: Context) -> None:

@@ -49,7 +49,7 @@ def stage_rows(ctx: Context) -> list[dict[str, Any]]:
     rows = []
     for stage in STAGES:
         record = read_record(ctx, stage.name)
-        if record and stage.name not in ("release", "report"):
+        if record and stage.name not in ("release", "report", "maintenance"):
             columns = (
                 "run_id",
                 "stage",

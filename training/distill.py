@@ -36,7 +36,7 @@ def run(cfg: Config, ctx: Context) -> Result:
     base = ctx.model("sft", "sft")
     model, tokenizer = load(base.path, dropout=cfg.models.student.dropout)
     examples, taught = to_examples(tokenizer, table)
-    inputs = {"tables": {"distill_examples": ctx.lake.version("distill_examples")}, "models": {"sft": base.hash}}
+    inputs = {"tables": {"distill_examples": ctx.lake.content_version("distill_examples")}, "models": {"sft": base.hash}}
     loss_fn = taught.loss_fn(cfg.distill.label_weight, cfg.distill.order_weight)
     loader = loader_of(cfg, ctx, "fast", examples, cfg.distill.train)
     summary = fit(cfg, ctx, "distill", "fast", model, tokenizer, loader, cfg.distill.train, loss_fn, inputs)

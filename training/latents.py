@@ -51,7 +51,7 @@ def run(cfg: Config, ctx: Context) -> Result:
     settings = cfg.latents.train
     stream = Stream(learn, settings.tokens_per_batch, cfg.seed)
     ctx.log(f"latents: {len(learn)} prompts, {settings.max_steps} steps, about {settings.max_steps * settings.tokens_per_batch:,} tokens")
-    tables = {t: ctx.lake.version(t) for t in ("rl_prompts", "items", "semantic_ids")}
+    tables = {t: ctx.lake.content_version(t) for t in ("rl_prompts", "items", "semantic_ids")}
     manifest = manifest_of(cfg, "latents", "latents", settings, {"tables": tables, "models": {"rl": base.hash}})
     before = measure(model, compressor, tokenizer, items, held_out)
     with publishing(ctx, "latents", manifest) as folder:

@@ -228,7 +228,7 @@ def _fit(
     pairs = held_out(texts["train"], texts["refit"], cfg.midtrain.held_out) if fit_of == "train" else []
     validate = validator(tokenizer, pairs, eager)
     inputs = {
-        "tables": {table: ctx.lake.version(table) for table in ("midtrain_examples", "semantic_ids")},
+        "tables": {table: ctx.lake.content_version(table) for table in ("midtrain_examples", "semantic_ids")},
         "models": {"tokenizer": ctx.model("tokenizer", "tokenizer").hash},
     }
     notes: dict[str, Any] = {"fit": fit_of, "parameters": sum(p.numel() for p in model.parameters())}

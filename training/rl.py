@@ -107,7 +107,7 @@ def manifest_of(cfg: Config, ctx: Context, plan: Plan) -> dict[str, Any]:
     models = {a.name: a.hash for a in (plan.start, plan.teacher) if a}
     sections = ("rl", "prompt", "opd") if plan.teacher else ("rl", "prompt")
     decides = {
-        "inputs": {"tables": {"rl_prompts": ctx.lake.version("rl_prompts")}, "models": models},
+        "inputs": {"tables": {"rl_prompts": ctx.lake.content_version("rl_prompts")}, "models": models},
         "seed": cfg.seed,
         "training": plan.settings.model_dump(mode="json"),
         "settings": cfg.digest(*sections),

@@ -38,7 +38,7 @@ def run(cfg: Config, ctx: Context) -> Result:
         model, tokenizer = load(base.path, dropout=cfg.sft.dropout)
         wake(model, base.manifest.get("unread", []), cfg.seed)
         examples = to_examples(tokenizer, table, cfg.sft.reasoning_weight, cfg.sft.answer_weight)
-        inputs = {"tables": {"sft_examples": ctx.lake.version("sft_examples")}, "models": {start: base.hash}}
+        inputs = {"tables": {"sft_examples": ctx.lake.content_version("sft_examples")}, "models": {start: base.hash}}
         loader = loader_of(cfg, ctx, name, examples, settings)
         summary = fit(cfg, ctx, STAGE, name, model, tokenizer, loader, settings, supervised, inputs)
         result.tokens += summary.tokens

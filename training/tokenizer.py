@@ -33,7 +33,7 @@ def run(cfg: Config, ctx: Context) -> Result:
         ctx.log(f"tokenizer: keeping the frozen {kept.id}")
         return Result(detail={"tokenizer": kept.id, "kept": True})
     ids, vectors_NV = item_vectors(ctx, cfg.embeddings)
-    manifest = {"settings": settings, "items": len(ids), "tables": {"item_embeddings": ctx.lake.version("item_embeddings")}}
+    manifest = {"settings": settings, "items": len(ids), "tables": {"item_embeddings": ctx.lake.content_version("item_embeddings")}}
     with artifacts.publish_folder(ctx.root, "tokenizer", manifest) as folder:
         books = _fit(cfg, ctx, ids, vectors_NV, folder)
         residual_N = books.encode(vectors_NV)[1]

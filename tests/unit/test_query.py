@@ -66,6 +66,14 @@ def test_formats(ctx, capsys, output, expected):
     assert capsys.readouterr().out.replace("\r", "") == expected
 
 
+def test_a_long_result_is_cut_on_a_terminal_and_says_so(ctx, capsys):
+    put(ctx, "item_stats", stats("a"))
+    print_query(ctx, "SELECT n FROM range(1000) AS t(n), item_stats", "table", latest=False)
+    shown = capsys.readouterr()
+    assert "999" not in shown.out
+    assert "the first 100 of 1,000 rows" in shown.err
+
+
 def test_tables_lists_every_table_with_rows_of_those_that_exist(ctx, capsys):
     put(ctx, "item_stats", stats("a", "b"))
     print_tables(ctx)

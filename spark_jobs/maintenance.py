@@ -1,0 +1,84 @@
+"""Stage `maintenance`: small files are joined, and files that no live release needs are removed (DESIGN contract 6).
+
+Reads   `releases`; the logs of all tables.
+Writes  no rows: OPTIMIZE rewrites files and VACUUM removes them; contents, and versions that are pinned, stay.
+Rerun   harmless: joined files are not joined again, and removed ones are gone.
+Run     gr2 stage maintenance --profile demo
+
+The files of a version are kept while a release that is not retired pins it, and for maintenance.keep_days without any pin; the log, without
+which a version cannot be read either, is kept as long as the oldest pin is old. `gr2 release retire` lets go.
+"""
+
+import json
+import math
+import time
+from collections import Counter
+
+import schemas
+from gr2.config import Config
+from gr2.context import Context, Result
+
+DAY = 86_400.0  # seconds
+LOG_DAYS = 30  # how long Delta keeps a log unless it is told otherwise
+
+
+def run(cfg: Config, ctx: Context) -> Result:
+    """Maintains every table that exists."""
+    pinned, detail, freed = live_versions(ctx), {}, 0
+    for name in schemas.NAMES:
+        if ctx.lake.exists(name):
+            done = maintain(cfg, ctx, name, pinned.get(name, set()))
+            freed += done.get("removed_files", 0)
+            if done:
+                detail[name] = done
+                ctx.log(f"maintenance: {name}: {done}")
+    return Result(rows_out=freed, detail=detail)
+
+
+def live_versions(ctx: Context) -> dict[str, set[int]]:
+    """Table -> versions that a release which is not retired pins."""
+    live: dict[str, set[int]] = {}
+    if ctx.lake.exists("releases"):
+        for row in ctx.lake.read("releases", ["pins"], status=["promoted", "superseded"]).to_pylist():
+            for name, version in json.loads(row["pins"]).get("tables", {}).items():
+                live.setdefault(name, set()).add(version)
+    return live
+
+
+def maintain(cfg: Config, ctx: Context, name: str, pinned: set[int]) -> dict[str, int]:
+    """What was done to one table; nothing where nothing was due."""
+    joined = join_files(cfg, ctx, name)
+    table = ctx.lake.open(name)
+    age = max((time.time() - c["timestamp"] / 1000 for c in table.history() if c["version"] in pinned), default=0.0)
+    if age > (LOG_DAYS - 1) * DAY:
+        keep_log(ctx, name, math.ceil(age / DAY) + LOG_DAYS)
+    # By delta-rs, since VACUUM in Spark knows one age for all and rounds it to hours; here each pinned version is named. Whatever is younger
+    # than keep_days stays, so that a writer at work loses nothing.
+    hours, keep = math.ceil(cfg.maintenance.keep_days * 24), sorted(pinned)
+    listed = table.vacuum(hours, True, enforce_retention_duration=False, full=True, keep_versions=keep)
+    removed = [file for file in listed if (ctx.table_path(name) / file).exists()]  # it names what went before, too
+    if removed:  # else a commit would say that nothing happened
+        table.vacuum(hours, False, enforce_retention_duration=False, full=True, keep_versions=keep)
+    return {k: v for k, v in (("joined_files", joined), ("removed_files", len(removed))) if v}
+
+
+def join_files(cfg: Config, ctx: Context, name: str) -> int:
+    """Compacts a table where a partition has more than maintenance.small_files files; returns how many were joined."""
+    partitions = schemas.get(name).partition_by
+    actions = ctx.lake.open(name).get_add_actions(flatten=True)
+    columns = [actions[f"partition.{column}"] for column in partitions]
+    counts = Counter(tuple(column[row].as_py() for column in columns) for row in range(len(actions["path"])))
+    if max(counts.values(), default=0) <= cfg.maintenance.small_files:
+        return 0
+    from delta.tables import DeltaTable
+
+    compaction = DeltaTable.forPath(ctx.spark, str(ctx.table_path(name))).optimize().executeCompaction()
+    return int(compaction.select("metrics.numFilesRemoved").collect()[0][0])
+
+
+def keep_log(ctx: Context, name: str, days: int) -> None:
+    """Has Delta keep a table's log for so many days, if it keeps it shorter."""
+    found = ctx.lake.open(name).metadata().configuration.get("delta.logRetentionDuration", f"interval {LOG_DAYS} days")
+    if int(found.split()[1]) < days:
+        path = str(ctx.table_path(name)).replace("`", "``")
+        ctx.spark.sql(f"ALTER TABLE delta.`{path}` SET TBLPROPERTIES ('delta.logRetentionDuration' = 'interval {days:d} days')")

@@ -1,0 +1,90 @@
+"""Maintenance removes what nobody needs, and nothing that a live release pins; contents and fingerprints stay."""
+
+import datetime as dt
+import json
+
+import pyarrow as pa
+import pytest
+from deltalake import DeltaTable
+from event_world import event_table
+
+import schemas
+from gr2 import pipeline
+from schemas.lake import Lake
+from spark_jobs import maintenance
+from spark_jobs.publish import publish
+from spark_jobs.release import manage
+from spark_jobs.session import frame_of
+
+pytestmark = pytest.mark.spark
+AT_ONCE = ["maintenance.keep_days=0", "maintenance.small_files=2"]
+
+
+def stats(ctx, count: int) -> int:
+    """A version of `item_stats` with so many items; returns its number."""
+    row = {"fit": "train", "count": 1, "users": 1, "recent": 1.0, "last_date": None, "reference_date": dt.date(2026, 1, 1)}
+    rows = [row | {"item_id": f"i{n}", "popularity_rank": n + 1} for n in range(count)]
+    publish(ctx, "item_stats", frame_of(ctx, pa.Table.from_pylist(rows, schema=schemas.get("item_stats").arrow())))
+    return ctx.lake.version("item_stats")
+
+
+def release(ctx, **pins: int) -> None:
+    """Promotes a release with these table versions."""
+    row = {"release_id": "r1", "status": "promoted", "profile": "demo", "run_id": "x", "pins": json.dumps({"tables": pins}), "code": "c"}
+    row |= {"config_hash": "h", "lock_hash": "l", "seed": 1, "promoted_at": dt.datetime(2026, 1, 1, tzinfo=dt.UTC)}
+    publish(ctx, "releases", frame_of(ctx, pa.Table.from_pylist([row], schema=schemas.get("releases").arrow())))
+
+
+def readable(ctx, version: int) -> int | None:
+    """Rows of `item_stats` at a version; None where its files are gone."""
+    try:
+        return Lake(ctx.root, {"item_stats": version}).read("item_stats").num_rows
+    except (OSError, FileNotFoundError):
+        return None
+
+
+def test_a_pinned_version_outlives_maintenance_until_its_release_is_retired(make_ctx):
+    ctx = make_ctx(AT_ONCE)
+    first, pinned, last = (stats(ctx, n) for n in (1, 2, 3))
+    release(ctx, item_stats=pinned)
+    maintenance.run(ctx.cfg, ctx)
+    assert [readable(ctx, v) for v in (first, pinned, last)] == [None, 2, 3]
+    assert ctx.lake.read("item_stats").num_rows == 3
+    manage(ctx, "retire", "r1")
+    maintenance.run(ctx.cfg, ctx)
+    assert [readable(ctx, v) for v in (pinned, last)] == [None, 3]
+    assert maintenance.run(ctx.cfg, ctx).rows_out == 0, "a rerun finds nothing to do"
+
+
+def test_young_versions_stay_without_any_pin(make_ctx):
+    ctx = make_ctx()
+    first, last = stats(ctx, 1), stats(ctx, 2)
+    maintenance.run(ctx.cfg, ctx)
+    assert [readable(ctx, v) for v in (first, last)] == [1, 2]
+
+
+def test_small_files_are_joined_and_no_stage_takes_that_for_new_content(make_ctx):
+    ctx = make_ctx(AT_ONCE)
+    for n in range(4):
+        publish(ctx, "events", frame_of(ctx, event_table([(f"u{n}", "i", "click", n)], event_id=f"e{n}")))
+    rows = sorted(ctx.lake.read("events")["event_id"].to_pylist())
+    stage = pipeline.get("interactions")
+    before = (ctx.lake.version("events"), pipeline.fingerprint(stage, ctx.cfg, ctx))
+    result = maintenance.run(ctx.cfg, ctx)
+    assert result.detail["events"]["joined_files"] == 4
+    assert len(DeltaTable(str(ctx.table_path("events"))).file_uris()) == 1
+    assert sorted(ctx.lake.read("events")["event_id"].to_pylist()) == rows == ["e0", "e1", "e2", "e3"]
+    assert ctx.lake.version("events") > before[0]
+    assert pipeline.fingerprint(stage, ctx.cfg, ctx) == before[1]
+
+
+def test_the_log_is_kept_as_long_as_a_pin_is_old(make_ctx, monkeypatch):
+    monkeypatch.setattr(maintenance.time, "time", lambda: dt.datetime.now().timestamp() + 100.5 * maintenance.DAY)
+    ctx = make_ctx()
+    release(ctx, item_stats=stats(ctx, 1))
+    maintenance.run(ctx.cfg, ctx)
+    kept = DeltaTable(str(ctx.table_path("item_stats"))).metadata().configuration["delta.logRetentionDuration"]
+    version = ctx.lake.version("item_stats")
+    assert kept == "interval 131 days", "as old as the pin is, and a month"
+    maintenance.run(ctx.cfg, ctx)
+    assert ctx.lake.version("item_stats") == version
