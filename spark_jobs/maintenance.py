@@ -52,8 +52,8 @@ def maintain(cfg: Config, ctx: Context, name: str, pinned: set[int]) -> dict[str
     age = max((time.time() - c["timestamp"] / 1000 for c in table.history() if c["version"] in pinned), default=0.0)
     if age > (LOG_DAYS - 1) * DAY:
         keep_log(ctx, name, math.ceil(age / DAY) + LOG_DAYS)
-    # By delta-rs, since VACUUM in Spark knows one age for all and rounds it to hours; here each pinned version is named. Whatever is younger
-    # than keep_days stays, so that a writer at work loses nothing.
+    # By delta-rs, since VACUUM in Spark knows one age for all and rounds it to hours; here each pinned version is named. Whatever is
+    # younger than keep_days stays, so that a writer at work loses nothing.
     hours, keep = math.ceil(cfg.maintenance.keep_days * 24), sorted(pinned)
     listed = table.vacuum(hours, True, enforce_retention_duration=False, full=True, keep_versions=keep)
     removed = [file for file in listed if (ctx.table_path(name) / file).exists()]  # it names what went before, too
