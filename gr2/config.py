@@ -354,6 +354,7 @@ class Maintenance(Section):
 
     keep_days: float = Field(7.0, ge=0)  # versions so young stay readable, pinned or not
     small_files: Positive = 16  # files of one partition; more are joined
+    keep_releases: int = Field(30, ge=0)  # superseded releases that stay live, whose files are thus kept; older ones are retired
 
 
 class Config(Section):

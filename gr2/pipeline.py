@@ -134,7 +134,7 @@ STAGES = (
         ("candidates", "rerank_scores", "baselines"),
         ("metrics", "audits"),
     ),
-    Stage("release", "spark_jobs.release", (), ("metrics", "audits", "rerank_scores"), ("releases", "stage_runs")),
+    Stage("release", "spark_jobs.release", ("maintenance",), ("metrics", "audits", "rerank_scores"), ("releases", "stage_runs")),
     Stage("report", "spark_jobs.report", (), ("metrics", "audits", "releases", "stage_runs"), ()),
     Stage("maintenance", "spark_jobs.maintenance", ("maintenance",), ("releases",), ()),
 )

@@ -32,16 +32,20 @@ def run(cfg: Config, ctx: Context) -> Result:
     records = stage_rows(ctx)
     publish(ctx, "stage_runs", frame_of(ctx, _table("stage_runs", records)))
     release = _release(cfg, ctx)
-    others = [
-        r
-        for r in (ctx.lake.read("releases").to_pylist() if ctx.lake.exists("releases") else [])
-        if r["release_id"] != release["release_id"]
-    ]
-    for row in others:
-        row["status"] = "superseded" if row["status"] == "promoted" else row["status"]
-    publish(ctx, "releases", frame_of(ctx, _table("releases", [*others, release])))
+    there = ctx.lake.read("releases").to_pylist() if ctx.lake.exists("releases") else []
+    publish(ctx, "releases", frame_of(ctx, _table("releases", succeeded(there, release, cfg.maintenance.keep_releases))))
     ctx.log(f"release {release['release_id']} is promoted")
     return Result(rows_in=len(records), rows_out=1, detail={"release_id": release["release_id"]})
+
+
+def succeeded(there: list[dict[str, Any]], release: dict[str, Any], keep: int) -> list[dict[str, Any]]:
+    """All releases once `release` is promoted: the one before it is superseded, and of the superseded the latest `keep` stay live."""
+    others = sorted((r for r in there if r["release_id"] != release["release_id"]), key=lambda r: r["promoted_at"], reverse=True)
+    for row in others:
+        row["status"] = "superseded" if row["status"] == "promoted" else row["status"]
+    for row in [r for r in others if r["status"] == "superseded"][keep:]:
+        row["status"] = "retired"
+    return [*others, release]
 
 
 def stage_rows(ctx: Context) -> list[dict[str, Any]]:
