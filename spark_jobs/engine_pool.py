@@ -106,7 +106,7 @@ def worker_errors() -> Iterator[None]:
         kind = getattr(errors, found[1], None) if found else None
         if found is None or not (isinstance(kind, type) and issubclass(kind, errors.GR2Error)):
             raise
-        raise kind(found[2].strip()) from None
+        raise kind(f"{found[2].strip()}; nothing was published") from None
 
 
 def portable(cfg: Config, ctx: Context) -> Config:

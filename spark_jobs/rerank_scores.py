@@ -15,7 +15,6 @@ Modes: think and direct generate; score orders by the labels' log-probabilities 
 
 import hashlib
 import itertools
-import re
 import shutil
 import time
 from collections import Counter
@@ -25,8 +24,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from py4j.protocol import Py4JJavaError
-from pyspark.errors import PySparkException
 from pyspark.sql.pandas.types import from_arrow_schema
 
 import schemas
@@ -40,7 +37,7 @@ from gr2.prompts import LABELS, Mode, View, prompt_hash
 from schemas.base import DOUBLE, FLOAT, INT, STRING, list_of
 from scoring.engine import Ask, seed_of
 from scoring.model import encode_all, load_tokenizer
-from spark_jobs.engine_pool import Spec, engine_for, on_workers, portable
+from spark_jobs.engine_pool import Spec, engine_for, on_workers, portable, worker_errors
 from spark_jobs.prompting import render_texts, sample, template_of, views
 from spark_jobs.publish import publish
 
@@ -80,11 +77,8 @@ def run(cfg: Config, ctx: Context) -> Result:
     shutil.rmtree(raw, ignore_errors=True)
     # One job over all that is asked, written once: a lazy plan that is read twice would generate twice.
     frame = on_workers(ctx, asked, _answering(portable(cfg, ctx)), pa.schema([*ASKED, *ANSWERED]))
-    try:
+    with worker_errors():
         frame.write.parquet(str(raw))
-    except (PySparkException, Py4JJavaError) as error:  # how Spark hands on what a Python worker raised
-        causes = re.findall(r"(?:gr2\.errors\.)?(\w*(?:Error|Problem): .+)", str(error))
-        raise EngineError(f"the engine job failed, nothing was published: {causes[-1] if causes else error}") from error
     values = pq.read_table(raw, columns=["model_id", "mode", "labels", "logprobs", "prompt_tokens", "completion_tokens"])
     if values.num_rows != asked.num_rows:
         raise EngineError(

@@ -1,7 +1,8 @@
 """Stage `rl`: DAPO with verifiable rewards (METHOD 8; DAPO, arXiv 2503.14476), the teacher's size first, then the student's.
 
 Reads `rl_prompts` and the models `sft-teacher`, `sft`. Writes the models `rl-teacher` and `rl`, and each step's rollouts as
-`work/rollouts/<run>/step-*.arrow`, which the stage `rollouts` publishes; `run` is the model's name and a hash of inputs, settings and code.
+`work/rollouts/<run>/step-*.arrow`, which the stage `rollouts` publishes; `run` is the model's name and its fingerprint, a hash of inputs,
+settings and code.
 
 A step: groups are sampled by an engine that holds the current weights, judged, stored, then trained on token in, token out. The checkpoint
 that ranks held-out `valid` prompts best is exported; the model it started from is one of the candidates, so RL never exports worse than SFT
@@ -13,7 +14,6 @@ without any are sampled. Sampling itself repeats as far as the engine does: on o
 """
 
 import contextlib
-import hashlib
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from gr2 import artifacts, pipeline
+from gr2 import artifacts
 from gr2.config import Config, Training
 from gr2.context import Context, Result
 from gr2.errors import ModelError
@@ -32,6 +32,7 @@ from scoring.engine import Answer, Ask
 from scoring.model import load, save
 from scoring.vllm_engine import VLLMEngine
 from training import rollouts as samples
+from training.fitting import manifest_of
 from training.loop import Engine, open_engine
 from training.losses import opd_advantages
 from training.policy import Ratios, add_logprobs, policy_loss, trees
@@ -59,6 +60,11 @@ class Plan:
     rank_weight: float = 1.0
     teacher: artifacts.Artifact | None = None  # scores each token the student writes (on-policy distillation)
 
+    @property
+    def stage(self) -> str:
+        """The stage whose training it is."""
+        return "opd" if self.teacher else "rl"
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -84,8 +90,12 @@ def optimise(cfg: Config, ctx: Context, plan: Plan) -> Outcome:
     """Samples, trains, validates, and publishes the best model under the plan's name."""
     model, tokenizer = load(plan.start.path)
     tasks, held_out = samples.read_tasks(ctx, "rerank"), samples.read_tasks(ctx, "valid")[: cfg.rl.validate_requests]
-    manifest = manifest_of(cfg, ctx, plan)
-    run_id = f"{plan.name}-{manifest['run']}"
+    inputs = {
+        "tables": {"rl_prompts": ctx.lake.content_version("rl_prompts")},
+        "models": {a.name: a.hash for a in (plan.start, plan.teacher) if a},
+    }
+    manifest = manifest_of(cfg, plan.stage, plan.name, plan.settings, {**inputs, "rank_weight": plan.rank_weight})
+    run_id = f"{plan.name}-{manifest['fingerprint']}"
     size = f"{plan.settings.max_steps} steps of {cfg.rl.prompts_per_step} x {cfg.rl.group} answers"
     budget = plan.settings.max_steps * cfg.rl.prompts_per_step * cfg.rl.group * samples.limit_of(cfg.prompt, cfg.rl.mode)
     ctx.log(f"{run_id}: {len(tasks)} prompts, {size}, at most {budget:,} tokens to sample before refills")
@@ -100,22 +110,6 @@ def optimise(cfg: Config, ctx: Context, plan: Plan) -> Outcome:
         manifest |= {"best_step": policy.best_step, "valid": {"before": policy.valid[0], "after": policy.valid[policy.best_step]}}
     ctx.log(f"{run_id}: best at step {policy.best_step}: {_shown(policy.valid[policy.best_step])}; started from {_shown(policy.valid[0])}")
     return Outcome(plan.name, run_id, policy.rollouts, policy.tokens, policy.best_step, policy.valid[0], policy.valid[policy.best_step])
-
-
-def manifest_of(cfg: Config, ctx: Context, plan: Plan) -> dict[str, Any]:
-    """What decides a training, and `run`: the hash of it."""
-    models = {a.name: a.hash for a in (plan.start, plan.teacher) if a}
-    sections = ("rl", "prompt", "opd") if plan.teacher else ("rl", "prompt")
-    decides = {
-        "inputs": {"tables": {"rl_prompts": ctx.lake.content_version("rl_prompts")}, "models": models},
-        "seed": cfg.seed,
-        "training": plan.settings.model_dump(mode="json"),
-        "settings": cfg.digest(*sections),
-        "rank_weight": plan.rank_weight,
-        "code": pipeline.code_hash("training.opd" if plan.teacher else "training.rl"),
-    }
-    run_hash = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
-    return {**decides, "run": run_hash, "profile": cfg.profile, "config": cfg.digest()}
 
 
 def check_vocabularies(student: Any, teacher: Any, plan: Plan) -> None:

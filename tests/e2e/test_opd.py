@@ -42,8 +42,8 @@ def test_the_student_moves_to_its_teacher_and_both_losses_train(make_ctx):
         assert len(stored) == 16
     kl = [line["reverse_kl"] for line in curves["opd"]]
     assert min(kl[-2:]) < kl[0], kl
-    assert ctx.model("opd", "opd").manifest["rank_weight"] == 0.0
-    assert ctx.model("opd+rl", "opd").manifest["rank_weight"] == 1.0
+    assert ctx.model("opd", "opd").manifest["inputs"]["rank_weight"] == 0.0
+    assert ctx.model("opd+rl", "opd").manifest["inputs"]["rank_weight"] == 1.0
 
 
 def test_another_vocabulary_is_refused(make_ctx):

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.spark
 
 
 def policy(ctx, name: str, run: str) -> None:
-    with artifacts.publish_folder(ctx.root, name, {"run": run}) as folder:
+    with artifacts.publish_folder(ctx.root, name, {"fingerprint": run}) as folder:
         (folder / "config.json").write_text(f'"{run}"')
 
 
