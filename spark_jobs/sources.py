@@ -51,7 +51,7 @@ SOURCES: dict[str, dict[str, tuple[Files, ...]]] = {
         "items": (Files(files=("items.jsonl.gz",)),),
     },
     "amazon_reviews": {"events": (REVIEW,), "items": (PRODUCT,)},
-    "open_bandit": {
+    "open_bandit": {  # one campaign: the campaigns number their items alike; of a folder with several, name the files in data.events
         "events": (
             Files(
                 files=("*.csv.gz", "*.csv", "!*item_context*"), format="csv",
