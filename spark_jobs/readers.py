@@ -11,6 +11,7 @@ import gzip
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
@@ -54,10 +55,15 @@ def reading() -> Iterator[None]:
         raise
 
 
+def open_text(path: Path) -> IO[str]:
+    """A text file, gzipped or not, for reading its beginning here."""
+    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
+
+
 def header(path: Path) -> list[str]:
     """Column names of a CSV file. Raises InputError for a file without a readable first line."""
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+        with open_text(path) as file:
             return file.readline().rstrip("\r\n").split(",")
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read the header of {path.name}: {error}") from None

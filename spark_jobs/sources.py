@@ -8,7 +8,6 @@ own with data.source = files. Nothing is judged here; the rules of `events` and 
 """
 
 import ast
-import gzip
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -113,9 +112,9 @@ def _require(files: Files, paths: list[Path]) -> None:
     """What every event needs must be a column of every CSV file."""
     needed = [() if files.user_of else named(files, "user_id"), named(files, "item_id"), named(files, files.order)]
     for path in paths:
-        there = set(readers.header(path))
-        if missing := [" or ".join(names) for names in needed if names and not there & set(names)]:
-            raise InputError(f"{path.name} lacks the columns {sorted(missing)}; its header is {','.join(readers.header(path))}")
+        there = readers.header(path)
+        if missing := [" or ".join(names) for names in needed if names and not set(there) & set(names)]:
+            raise InputError(f"{path.name} lacks the columns {sorted(missing)}; its header is {','.join(there)}")
 
 
 def named(files: Files, field: str) -> tuple[str, ...]:
@@ -181,7 +180,7 @@ def _rows(ctx: Context, files: Files, paths: list[Path]) -> DataFrame:
 def _opening(path: Path) -> str:
     """The first two characters of a text file; none where it cannot be read: reading it whole names the failure."""
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+        with readers.open_text(path) as file:
             return file.read(2)
     except (OSError, EOFError, UnicodeDecodeError):
         return ""
