@@ -42,7 +42,7 @@ STAGES = (
     Stage("items", "spark_jobs.items", ("data", "simulator"), (), ("items", "quarantine")),
     Stage("interactions", "spark_jobs.interactions", ("data",), ("events", "items"), ("interactions", "histories")),
     Stage("impressions", "spark_jobs.impressions", ("data",), ("events",), ("impressions",)),
-    Stage("evidence", "spark_jobs.evidence", ("evidence",), ("interactions",), ("item_pairs", "item_stats")),
+    Stage("evidence", "spark_jobs.evidence", ("evidence",), ("interactions",), ("pair_days", "item_pairs", "item_stats")),
     Stage(
         "item_embeddings", "spark_jobs.item_embeddings", ("embeddings",), ("items", "item_pairs"), ("item_embeddings",), (), ("embedder",)
     ),

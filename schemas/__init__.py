@@ -14,6 +14,7 @@ NAMES = (
     "interactions",
     "histories",
     "impressions",
+    "pair_days",
     "item_pairs",
     "item_stats",
     "item_embeddings",

@@ -24,6 +24,7 @@ class Column:
     nullable: bool = False
     volatile: bool = False  # differs between equal runs (seconds, clocks): left out when contents are compared
     values: tuple[str, ...] = ()  # the closed set of values of a string column
+    long: bool = False  # a text that nobody filters by: files keep no statistics of it
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class Table:
     laws: dict[str, str] = field(default_factory=dict)  # name -> SQL predicate over one row, enforced by Delta and by the audit
     unique: tuple[tuple[str, ...], ...] = ()  # further sets of columns that are unique together
     min_rows: int = 0  # fewer published rows fail the audit
+    change_feed: bool = False  # later stages read what changed since they last ran
+    layout: str = ""  # why its files lie as they do
 
     def arrow(self) -> pa.Schema:
         """The Arrow schema, comments as field metadata."""

@@ -9,6 +9,8 @@ TABLE = Table(
     key=("event_id",),
     partition_by=("period",),
     mode="insert",
+    change_feed=True,
+    layout="logs arrive, and are read, by day; a merge looks only into the periods of the rows that come in",
     laws={
         "known_kind": "kind IN ('view', 'click', 'purchase', 'review', 'impression')",
         "rating_in_range": "rating IS NULL OR rating BETWEEN 0 AND 10",

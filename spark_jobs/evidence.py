@@ -1,13 +1,17 @@
 """Stage `evidence`: what tends to follow what, and how often and lately each item was chosen.
 
 Reads   `interactions`: split pretrain for fit `train`, pretrain and rerank for fit `refit`.
-Writes  `item_pairs` (one directed pair and fit; fit, item_id, next_item_id), `item_stats` (one item and fit; fit, item_id).
-Rerun   both tables are replaced. Sums are exact (whole units of 1e-12), so that the order in which Spark adds does not change a digit.
-Run     gr2 stage evidence --profile demo
+Writes  `pair_days` (one directed pair on one day; event_date, split, item_id, next_item_id), and without --date what models are trained
+        with: `item_pairs` (one directed pair and fit; fit, item_id, next_item_id), `item_stats` (one item and fit; fit, item_id).
+Rerun   tables are replaced, `pair_days` with --date only in the periods whose interactions changed. Sums are exact (whole units of
+        1e-12), so that the order in which Spark adds does not change a digit.
+Run     gr2 stage evidence --profile demo [--date 2026-01-05]
 
 An occurrence of (a, b), b within `window` steps after a, weighs 0.5^(age of b / half-life) / steps; ages count from the last day of what
 is fitted. lift = weight * total / (weight of a as the earlier item * weight of b as the later one): 1 under independence.
 """
+
+import datetime as dt
 
 from pyspark import StorageLevel
 from pyspark.sql import Column, DataFrame, Window
@@ -16,43 +20,71 @@ from pyspark.sql import functions as F
 import schemas
 from gr2.config import Config, Evidence
 from gr2.context import Context, Result
+from spark_jobs.increments import added, building, last_built, until_settled
 from spark_jobs.publish import publish
 from spark_jobs.session import read
 
 FITS = {"train": ("pretrain",), "refit": ("pretrain", "rerank")}
-MAX_STEPS = 1000  # interactions of one user that count, the latest: a robot must not weigh more than that
+MAX_STEPS = 1000  # interactions of one user in one period that count, the first: a robot must not weigh more than that
 UNIT = 1e-12  # weights are added up in whole units of this
+UNDATED = dt.date(1970, 1, 1)  # the day of a user without any known day
 
 
 def run(cfg: Config, ctx: Context) -> Result:
-    """Builds both tables for both fits. Raises MissingInputError without `interactions`."""
-    interactions = read(ctx, "interactions")
+    """Builds the tables. Raises MissingInputError without `interactions`."""
+    return until_settled(ctx, lambda: _build(cfg, ctx))
+
+
+def _build(cfg: Config, ctx: Context) -> Result:
+    now = building(cfg, ctx, "evidence", "pair_days", "interactions")
+    interactions = read(ctx, "interactions", now.version)
+    before = last_built(ctx, "pair_days", now) if ctx.date else None
+    changed = added(ctx, now, before) if before else None
+    if changed is None:
+        days = publish(ctx, "pair_days", pair_days(interactions, cfg.evidence.window), built=now)
+    else:
+        periods = {r[0] for r in changed.select("period").distinct().collect()}
+        users = interactions.where(F.col("period").isin(*periods)).select("user_id").distinct()
+        mine = pair_days(interactions.join(users, on="user_id", how="left_semi"), cfg.evidence.window, periods)
+        days = publish(ctx, "pair_days", mine, {"period": periods}, now) if periods else 0
+    if ctx.date:
+        return Result(rows_in=interactions.count(), rows_out=days, detail={"pair_days": days})
+    facts = read(ctx, "pair_days")
     fitted = with_decay(by_fit(interactions), cfg.evidence).persist(StorageLevel.MEMORY_AND_DISK)
-    counted = pair_counts(fitted, cfg.evidence.window).persist(StorageLevel.MEMORY_AND_DISK)
     try:
+        counted = pair_counts(facts, ends_of(fitted), cfg.evidence).persist(StorageLevel.MEMORY_AND_DISK)
         pairs = publish(ctx, "item_pairs", item_pairs(counted, cfg.evidence))
+        counted.unpersist()
         items = publish(ctx, "item_stats", item_stats(fitted))
     finally:
-        counted.unpersist()
         fitted.unpersist()
-    return Result(rows_in=interactions.count(), rows_out=pairs + items, detail={"pairs": pairs, "stats": items})
+    return Result(rows_in=interactions.count(), rows_out=days + pairs + items, detail={"days": days, "pairs": pairs, "stats": items})
 
 
-def by_fit(interactions: DataFrame) -> DataFrame:
-    """Each interaction once for every fit that may see it (column `fit`); those of the valid and test splits for none."""
+def by_fit(rows: DataFrame) -> DataFrame:
+    """Each row once for every fit that may see its split (column `fit`); those of the valid and test splits for none."""
     fits = F.array_compact(F.array(*(F.when(F.col("split").isin(*splits), F.lit(fit)) for fit, splits in FITS.items())))
-    return interactions.withColumn("fit", F.explode(fits))
+    return rows.withColumn("fit", F.explode(fits))
 
 
 def with_decay(fitted: DataFrame, evidence: Evidence) -> DataFrame:
-    """Adds `reference_date`, the last day of the fit, and `decay`. A user without any known day counts as one half-life old."""
+    """Adds `reference_date`, the last day of the fit, and `decay`."""
     ends = fitted.groupBy("fit").agg(F.max("event_date").alias("reference_date"))
-    age = F.date_diff("reference_date", "event_date").cast("double")
-    undated = ~F.col("day_known") & (F.col("event_date") == F.lit("1970-01-01").cast("date")) & (age > 0)
-    half_lives = F.when(undated, F.lit(1.0)).otherwise(age / evidence.half_life_days)
     return fitted.join(F.broadcast(ends), on="fit", how="inner").select(
-        "fit", "user_id", "ordinal", "item_id", "event_date", "day_known", "reference_date", F.pow(F.lit(0.5), half_lives).alias("decay")
+        "fit", "user_id", "ordinal", "item_id", "event_date", "day_known", "reference_date", decay(evidence).alias("decay")
     )
+
+
+def ends_of(fitted: DataFrame) -> DataFrame:
+    """`fit, reference_date`, of rows that `with_decay` gave."""
+    return fitted.select("fit", "reference_date").distinct()
+
+
+def decay(evidence: Evidence) -> Column:
+    """0.5^(age at `reference_date` / half-life). A user without any known day counts as one half-life old."""
+    age = F.date_diff("reference_date", "event_date").cast("double")
+    undated = (F.col("event_date") == F.lit(UNDATED)) & (age > 0)
+    return F.pow(F.lit(0.5), F.when(undated, F.lit(1.0)).otherwise(age / evidence.half_life_days))
 
 
 def _units(weight: Column) -> Column:
@@ -60,34 +92,58 @@ def _units(weight: Column) -> Column:
     return F.greatest(F.round(weight / UNIT).cast("long"), F.lit(1))
 
 
-def pair_counts(fitted: DataFrame, window: int) -> DataFrame:
-    """(fit, item_id, next_item_id) with units, count, next_count and median gap: linear in interactions, `window` rows each."""
-    order = Window.partitionBy("fit", "user_id").orderBy("ordinal")
-    latest = Window.partitionBy("fit", "user_id").orderBy(F.desc("ordinal"))
-    later = [
+def pair_days(interactions: DataFrame, window: int, periods: set[str] | None = None) -> DataFrame:
+    """What followed what on each day (of `periods`), in the contract of `pair_days`: linear in interactions, `window` rows each.
+
+    `interactions` hold all of the users that they hold any of.
+    """
+    order = Window.partitionBy("user_id").orderBy("ordinal")
+    place = F.row_number().over(Window.partitionBy("user_id", "period").orderBy("ordinal"))
+    earlier = [
         F.struct(
-            F.lead("item_id", step).over(order).alias("next_item_id"),
-            F.lead("decay", step).over(order).alias("decay"),
-            F.lead("event_date", step).over(order).alias("date"),
-            F.lit(step).alias("step"),
+            F.lag("item_id", step).over(order).alias("item_id"), F.lag("event_date", step).over(order).alias("date"), F.lit(step).alias("step")
         )
         for step in range(1, window + 1)
     ]
+    rows = interactions.select("item_id", "event_date", "split", "period", F.array(*earlier).alias("earlier"), place.alias("place"))
+    if periods is not None:
+        rows = rows.where(F.col("period").isin(*periods))
     return (
-        fitted.withColumn("from_last", F.row_number().over(latest))
-        .where(F.col("from_last") <= MAX_STEPS)
-        .select("fit", "item_id", "event_date", F.array(*later).alias("later"))
-        .select("fit", "item_id", "event_date", F.explode("later").alias("pair"))
-        .select("fit", "item_id", "event_date", "pair.*")
-        .where(F.col("next_item_id").isNotNull() & (F.col("next_item_id") != F.col("item_id")))
-        .groupBy("fit", "item_id", "next_item_id")
+        rows.where(F.col("place") <= MAX_STEPS)
+        .select("event_date", "split", "period", F.col("item_id").alias("next_item_id"), F.explode("earlier").alias("pair"))
+        .select("event_date", "split", "period", "next_item_id", "pair.*")
+        .where(F.col("item_id").isNotNull() & (F.col("next_item_id") != F.col("item_id")))
+        .groupBy("event_date", "split", "item_id", "next_item_id", "period")
         .agg(
-            F.sum(_units(F.col("decay") / F.col("step"))).alias("units"),
+            (F.sum(_units(1 / F.col("step"))) * UNIT).alias("closeness"),
             F.count(F.lit(1)).alias("count"),
             F.count_if(F.col("step") == 1).alias("next_count"),
-            F.median(F.date_diff("date", "event_date")).alias("median_gap_days"),
+            F.sort_array(F.collect_list(F.date_diff("event_date", "date"))).alias("gap_days"),
+        )
+        .select(*schemas.get("pair_days").names())
+    )
+
+
+def pair_counts(facts: DataFrame, ends: DataFrame, evidence: Evidence) -> DataFrame:
+    """(fit, item_id, next_item_id) with units, count, next_count and median gap: days summed up, each decayed to the end of its fit."""
+    return (
+        by_fit(facts)
+        .join(F.broadcast(ends), on="fit", how="inner")
+        .withColumn("decay", decay(evidence))
+        .groupBy("fit", "item_id", "next_item_id")
+        .agg(
+            F.sum(_units(F.col("closeness") * F.col("decay"))).alias("units"),
+            F.sum("count").alias("count"),
+            F.sum("next_count").alias("next_count"),
+            _median(F.sort_array(F.flatten(F.collect_list("gap_days")))).alias("median_gap_days"),
         )
     )
+
+
+def _median(ordered: Column) -> Column:
+    """Of an ascending list that is not empty."""
+    low, high = F.floor((F.size(ordered) - 1) / 2), F.floor(F.size(ordered) / 2)
+    return (F.get(ordered, low.cast("int")) + F.get(ordered, high.cast("int"))) / 2
 
 
 def item_pairs(counted: DataFrame, evidence: Evidence) -> DataFrame:

@@ -2,14 +2,19 @@
 
 Reads   `events` (kinds click, purchase, review; what was only seen is no choice).
 Writes  `interactions` (one deduplicated, sessionised interaction; user_id, ordinal), `histories` (one user as of a day; user_id, as_of).
-Rerun   both tables are replaced; they depend on the events alone, not on the day of the run, so backfills in any order end alike.
-Run     gr2 stage interactions --profile demo
+Rerun   both tables depend on the events alone, not on the day of the run, so backfills in any order end alike.
+Run     gr2 stage interactions --profile demo [--date 2026-01-05]
+
+Without --date both tables are built whole. With it only users with new events are built again, and of them only the periods since their
+first new event are replaced (and those that a window moved over): equal, row for row, to what a whole build gives.
 
 A user's order is the source's own where it has one, else the time. Of several events with one item in one session the strongest
 stands (purchase > click > review). Splits: `time` cuts the days from the first to the last one by `data.windows`; `leave_one_out` counts
 from the user's end (test, valid, rerank), but a user's first interaction always stays in `pretrain`, since a target needs a history:
 with 3 interactions there is no rerank target, with 2 only a test target, with 1 none.
 """
+
+import datetime as dt
 
 from pyspark import StorageLevel
 from pyspark.sql import Column, DataFrame, Window
@@ -18,9 +23,12 @@ from pyspark.sql import functions as F
 import schemas
 from gr2.config import Config, Data
 from gr2.context import Context, Result
+from spark_jobs.events import PERIODS
+from spark_jobs.increments import Built, added, building, last_built, until_settled
 from spark_jobs.publish import publish
 from spark_jobs.session import read
 
+TABLES = ("interactions", "histories")
 STRENGTH = {"purchase": 3, "click": 2, "review": 1}
 SPLITS = ("pretrain", "rerank", "valid", "test")
 ORDER = ("source_order", "event_time", "event_id")
@@ -28,11 +36,21 @@ ORDER = ("source_order", "event_time", "event_id")
 
 def run(cfg: Config, ctx: Context) -> Result:
     """Builds both tables. Raises MissingInputError without `events`, AuditError if there is no interaction at all."""
-    acts = read(ctx, "events").where(F.col("kind").isin(*STRENGTH))
-    interactions = to_interactions(acts, cfg.data, cfg.seed).persist(StorageLevel.MEMORY_AND_DISK)
+    return until_settled(ctx, lambda: _build(cfg, ctx))
+
+
+def _build(cfg: Config, ctx: Context) -> Result:
+    now = [building(cfg, ctx, "interactions", target, "events") for target in TABLES]
+    acts = read(ctx, "events", now[0].version).where(F.col("kind").isin(*STRENGTH))
+    windows = cuts(acts, cfg.data)
+    now[0].settings["windows"] = [str(day) for day in windows]
+    fresh = new_choices(cfg, ctx, now) if ctx.date else None
+    if fresh is not None:
+        return _increment(cfg, ctx, acts, fresh, windows, now)
+    interactions = to_interactions(acts, cfg.data, cfg.seed, windows).persist(StorageLevel.MEMORY_AND_DISK)
     try:
-        kept = publish(ctx, "interactions", interactions)
-        as_of = publish(ctx, "histories", to_histories(interactions, cfg.data.max_history))
+        kept = publish(ctx, "interactions", interactions, built=now[0])
+        as_of = publish(ctx, "histories", to_histories(interactions, cfg.data), built=now[1])
         splits = {r["split"]: r["count"] for r in interactions.groupBy("split").count().collect()}
     finally:
         interactions.unpersist()
@@ -42,16 +60,88 @@ def run(cfg: Config, ctx: Context) -> Result:
     return Result(rows_in=rows_in, rows_out=kept, duplicates=rows_in - kept, detail=detail)
 
 
-def to_interactions(acts: DataFrame, data: Data, seed: int) -> DataFrame:
-    """Events that are choices, in the contract of `interactions`."""
+# -- a night ----------------------------------------------------------------------------------------------------------
+
+
+def new_choices(cfg: Config, ctx: Context, now: list[Built]) -> DataFrame | None:
+    """`user_id, since` of users with choices that the tables do not hold yet; nothing where all must be built.
+
+    Only the order of time can be continued: under leave-one-out a new event moves the user's splits, and a source's own order, a day
+    that was filled in, or a day that was shuffled can change any earlier row.
+    """
+    before = [last_built(ctx, target, b) for target, b in zip(TABLES, now, strict=True)]
+    known = [b for b in before if b is not None]
+    if len(known) < len(before) or cfg.data.protocol != "time" or cfg.data.same_day_order != "as_published":
+        return None
+    rows = added(ctx, now[0], min(known, key=lambda b: b.version))
+    if rows is None:
+        return None
+    chosen = rows.where(F.col("kind").isin(*STRENGTH))
+    if chosen.where(~F.col("day_known") | F.col("source_order").isNotNull()).limit(1).count():
+        return None
+    return chosen.groupBy("user_id").agg(F.min("event_date").alias("since"))
+
+
+def _increment(cfg: Config, ctx: Context, acts: DataFrame, fresh: DataFrame, windows: list[dt.date], now: list[Built]) -> Result:
+    mine = to_interactions(acts.join(fresh.select("user_id"), on="user_id", how="left_semi"), cfg.data, cfg.seed, windows)
+    mine = mine.persist(StorageLevel.MEMORY_AND_DISK)
+    try:
+        changed = mine.join(fresh, on="user_id").where(F.col("event_date") >= F.col("since"))
+        periods = {r[0] for r in changed.select("period").distinct().collect()}
+        there = read(ctx, "interactions", now[0].base)
+        moved = periods | {r[0] for r in there.where(_moved(ctx, now[0], windows)).select("period").distinct().collect()}
+        if not moved:
+            ctx.log("interactions: nothing new")
+            return Result(detail={"periods": 0})
+        others = there.where(F.col("period").isin(*moved)).join(fresh, on="user_id", how="left_anti").drop("split")
+        others = with_split(others, cfg.data, windows).select(*mine.columns)
+        both = others.unionByName(mine.where(F.col("period").isin(*moved)))
+        kept = publish(ctx, "interactions", both, {"period": moved}, now[0])
+        if periods:
+            rest = read(ctx, "histories", now[1].base).where(F.col("period").isin(*periods)).join(fresh, on="user_id", how="left_anti")
+            again = to_histories(mine, cfg.data).where(F.col("period").isin(*periods))
+            publish(ctx, "histories", rest.unionByName(again), {"period": periods}, now[1])
+        users = fresh.count()
+    finally:
+        mine.unpersist()
+    ctx.log(f"interactions: {users} users had new events; {len(moved)} periods replaced")
+    return Result(rows_in=kept, rows_out=kept, detail={"users": users, "periods": len(moved)})
+
+
+def _moved(ctx: Context, now: Built, windows: list[dt.date]) -> Column:
+    """Whether a row lies on a day that belonged to another window when the table was built."""
+    before = last_built(ctx, "interactions", now)
+    old = [dt.date.fromisoformat(day) for day in before.settings["windows"]] if before else []
+    moved = F.lit(False)
+    for was, became in zip(old, windows, strict=True) if old else ():
+        moved |= (F.col("event_date") >= F.lit(min(was, became))) & (F.col("event_date") < F.lit(max(was, became)))
+    return moved
+
+
+# -- from events to rows ----------------------------------------------------------------------------------------------
+
+
+def to_interactions(acts: DataFrame, data: Data, seed: int, windows: list[dt.date] | None = None) -> DataFrame:
+    """Events that are choices, in the contract of `interactions`. `windows`: their `cuts`, where the choices are only some of all."""
     ordered = with_ordinal(strongest(with_session(acts, data.session_gap_minutes)))
-    split = with_split(ordered, data)
+    split = with_split(ordered, data, cuts(acts, data) if windows is None else windows)
     if data.same_day_order == "shuffled":
         split = shuffled_days(split, seed)
     order = Window.partitionBy("user_id").orderBy("ordinal")
-    return split.withColumn("gap_days", F.date_diff("event_date", F.lag("event_date").over(order)).cast("int")).select(
-        *schemas.get("interactions").names()
-    )
+    gap = F.date_diff("event_date", F.lag("event_date").over(order)).cast("int")
+    rows = split.withColumns({"gap_days": gap, "period": F.date_format("event_date", PERIODS[data.period])})
+    return rows.select(*schemas.get("interactions").names())
+
+
+def cuts(acts: DataFrame, data: Data) -> list[dt.date]:
+    """First days of the windows rerank, valid and test under the time protocol; none where no day is known, or under leave-one-out."""
+    if data.protocol == "leave_one_out":
+        return []
+    first, last = acts.where("day_known").agg(F.min("event_date"), F.max("event_date")).collect()[0]
+    if first is None:
+        return []
+    days = (last - first).days + 1
+    return [first + dt.timedelta(days=int(share * days + 1e-9)) for share in data.windows]
 
 
 def with_session(acts: DataFrame, gap_minutes: int) -> DataFrame:
@@ -81,22 +171,16 @@ def with_ordinal(chosen: DataFrame) -> DataFrame:
     )
 
 
-def with_split(ordered: DataFrame, data: Data) -> DataFrame:
+def with_split(ordered: DataFrame, data: Data, windows: list[dt.date]) -> DataFrame:
     """Adds `split`, by data.protocol."""
     if data.protocol == "leave_one_out":
         named = {1: "test", 2: "valid", 3: "rerank"}
         targets = F.create_map(*(F.lit(v) for pair in named.items() for v in pair))
         target = F.when(F.col("ordinal") > 1, targets[F.col("from_end")])
         return ordered.withColumn("split", F.coalesce(target, F.lit("pretrain")))
-    first, last = ordered.where("day_known").agg(F.min("event_date"), F.max("event_date")).collect()[0]
-    if first is None:
-        return ordered.withColumn("split", F.lit("pretrain"))
-    days = (last - first).days + 1
-    ends = [int(share * days + 1e-9) for share in data.windows]  # the first day number that is beyond each window
-    number = F.date_diff("event_date", F.lit(first))
-    cut: Column = F.lit(SPLITS[3])
-    for end, name in reversed(list(zip(ends, SPLITS[:3], strict=True))):
-        cut = F.when(number < end, F.lit(name)).otherwise(cut)
+    cut: Column = F.lit(SPLITS[3] if windows else SPLITS[0])
+    for end, name in reversed(list(zip(windows, SPLITS[:3], strict=False))):
+        cut = F.when(F.col("event_date") < F.lit(end), F.lit(name)).otherwise(cut)
     return ordered.withColumn("split", cut)
 
 
@@ -112,17 +196,14 @@ def shuffled_days(split: DataFrame, seed: int) -> DataFrame:
     marked = split.withColumn("starts", starts.cast("int")).withColumns(
         {"run": F.sum("starts").over(order.rowsBetween(Window.unboundedPreceding, 0)), "drawn": drawn}
     )
-    whole = Window.partitionBy("user_id").rowsBetween(Window.unboundedPreceding, Window.unboundedFollowing)
     again = Window.partitionBy("user_id").orderBy("run", "drawn", "ordinal")
-    return marked.withColumn("ordinal", F.row_number().over(again)).withColumn(
-        "from_end", (F.count(F.lit(1)).over(whole) - F.col("ordinal") + 1).cast("int")
-    )
+    return marked.withColumn("ordinal", F.row_number().over(again))
 
 
-def to_histories(interactions: DataFrame, keep: int) -> DataFrame:
-    """The last `keep` items of each user at the end of each day with an interaction."""
+def to_histories(interactions: DataFrame, data: Data) -> DataFrame:
+    """The last data.max_history items of each user at the end of each day with an interaction."""
     order = Window.partitionBy("user_id").orderBy("ordinal")
-    recent = order.rowsBetween(1 - keep, 0)
+    recent = order.rowsBetween(1 - data.max_history, 0)
     as_of = F.max("event_date").over(order.rowsBetween(Window.unboundedPreceding, 0))  # never goes back, whatever the source's order
     dated = interactions.withColumn("as_of", as_of)
     return (
@@ -132,6 +213,7 @@ def to_histories(interactions: DataFrame, keep: int) -> DataFrame:
                 "days": F.collect_list(F.unix_date("event_date")).over(recent),
                 "last_of_day": F.coalesce(F.lead("as_of").over(order) != F.col("as_of"), F.lit(True)),
                 "length": F.col("ordinal"),
+                "period": F.date_format("as_of", PERIODS[data.period]),
             }
         )
         .where("last_of_day")

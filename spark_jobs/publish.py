@@ -9,9 +9,11 @@ import re
 import shutil
 import time
 import uuid
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
 from delta.tables import DeltaTable
 from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame
@@ -21,10 +23,15 @@ from pyspark.sql.types import ArrayType, StructType
 
 import schemas
 from gr2.context import Context
-from gr2.errors import AuditError, InputError
+from gr2.errors import AuditError, GR2Error, InputError
 from schemas.base import Table
+from spark_jobs.migrations import migrate
 from validation import suites
 
+if TYPE_CHECKING:
+    from spark_jobs.increments import Built
+
+Partition = dict[str, str | Collection[str]]  # column -> its value, or its values
 PROPERTIES = {  # keep tables readable by delta-rs, DuckDB and Polars
     "delta.enableDeletionVectors": "false",
     "delta.checkpointInterval": "20",
@@ -32,29 +39,57 @@ PROPERTIES = {  # keep tables readable by delta-rs, DuckDB and Polars
 RETRIES = 8
 
 
-def publish(ctx: Context, name: str, frame: DataFrame, partition: dict[str, str] | None = None) -> int:
-    """Publishes `frame` as table `name` (or as one of its partitions) and pins the version. Returns rows published (insert: added).
+class Overtaken(GR2Error):
+    """Another run published a table while a build of it was under way: what was built is not put on top of it."""
 
-    Raises AuditError if the frame's columns are not the contract's, or if the written rows break a law, the key or the suite.
+
+def reached(point: str, name: str) -> None:
+    """The named points of a publish, in order: begun, staged, audited, committed, cleaned. Tests kill a job at them, or hold it there."""
+
+
+def publish(ctx: Context, name: str, frame: DataFrame, partition: Partition | None = None, built: "Built | None" = None) -> int:
+    """Publishes `frame` as table `name` (or as some of its partitions) and pins the version. Returns rows published (insert: added).
+
+    `built`: what the rows were made from; it goes into the commit, and the rows go onto the version that the build started from or nowhere.
+    Raises AuditError if the frame's columns are not the contract's, or if the written rows break a law, the key or the suite; Overtaken
+    if another run published the table since.
     """
     table = schemas.get(name)
+    where = _predicate(partition) if partition else None  # first of all: it refuses values that are no plain names
+    reached("begun", name)
     staged = ctx.root / "staging" / f"{name}-{uuid.uuid4().hex[:8]}"
     conform(table, frame).write.parquet(str(staged))
+    reached("staged", name)
     written = ctx.spark.read.schema(spark_schema(table)).parquet(str(staged))
     observed = _audit(ctx, table, written, partition, staged)
-    target = _ensure(ctx, table)
+    reached("audited", name)
+    target, reshaped = _ensure(ctx, table, whole=partition is None)
     if table.mode == "insert":
         count = _insert(ctx, table, target, written)
     else:
-        _replace(ctx, table, written, partition, observed)
+        _replace(ctx, table, written, where, observed, built, reshaped)
         count = int(observed["rows"])
+    reached("committed", name)
     shutil.rmtree(staged, ignore_errors=True)
     version = ctx.lake.version(name)
     ctx.pin("tables", name, version)
-    ctx.log(
-        f"published {name} v{version}: {count} rows{' added' if table.mode == 'insert' else ''}" + (f" in {partition}" if partition else "")
-    )
+    reached("cleaned", name)
+    ctx.log(f"published {name} v{version}: {count} rows{' added' if table.mode == 'insert' else ''}{_told(partition)}")
     return count
+
+
+def _told(partition: Partition | None) -> str:
+    """The partitions in a line of the log."""
+    parts = [f"{c} {v}" if isinstance(v, str) else f"{len(v)} of {c}" for c, v in (partition or {}).items()]
+    return f" in {', '.join(parts)}" if parts else ""
+
+
+def properties(table: Table) -> dict[str, str]:
+    """Delta's properties of a table: those of all, the change feed where nights follow it, statistics of the columns that one filters by."""
+    bare = [c for c in table.columns if not pa.types.is_nested(c.type) and not pa.types.is_boolean(c.type)]
+    kept = [c.name for c in bare if not c.long and c.name not in table.partition_by]
+    own = {"gr2.version": table.version, "delta.dataSkippingStatsColumns": ",".join(kept)}
+    return {**PROPERTIES, **own, **({"delta.enableChangeDataFeed": "true"} if table.change_feed else {})}
 
 
 def spark_schema(table: Table) -> StructType:
@@ -87,7 +122,7 @@ def _hash_of(table: Table) -> Any:
     return F.sum(F.xxhash64(*table.stable()).cast("decimal(38,0)")).alias("content")
 
 
-def _audit(ctx: Context, table: Table, written: DataFrame, partition: dict[str, str] | None, staged: Path) -> dict[str, float]:
+def _audit(ctx: Context, table: Table, written: DataFrame, partition: Partition | None, staged: Path) -> dict[str, float]:
     """One aggregation over what was written; then the table's suite over the aggregates."""
     aggregates = [F.count(F.lit(1)).alias("rows"), _hash_of(table)]
     for rule, predicate in suites.rules(table, partition).items():
@@ -109,8 +144,11 @@ def _audit(ctx: Context, table: Table, written: DataFrame, partition: dict[str, 
     return observed
 
 
-def _ensure(ctx: Context, table: Table) -> DeltaTable:
-    """The Delta table, created by its contract if it is not there: comments, NOT NULL, laws as a CHECK constraint, properties."""
+def _ensure(ctx: Context, table: Table, whole: bool) -> tuple[DeltaTable, bool]:
+    """The Delta table, and whether its layout must be replaced; created by its contract if it is not there: comments, NOT NULL, laws as a CHECK constraint, properties.
+
+    One that an older contract made is brought up to this one (`migrations`); `whole`: all its rows are about to be replaced.
+    """
     path = str(ctx.table_path(table.name))
     if not ctx.lake.exists(table.name):
         builder = (
@@ -121,28 +159,50 @@ def _ensure(ctx: Context, table: Table) -> DeltaTable:
         )
         if table.partition_by:
             builder = builder.partitionedBy(*table.partition_by)
-        for key, value in {**PROPERTIES, "gr2.version": table.version}.items():
+        for key, value in properties(table).items():
             builder = builder.property(key, value)
         builder.execute()
+    reshaped = migrate(ctx, table, spark_schema(table), properties(table), whole)
     found = DeltaTable.forPath(ctx.spark, path)
-    if table.laws and "delta.constraints.laws" not in found.detail().collect()[0]["properties"]:
+    if table.laws and not reshaped and "delta.constraints.laws" not in found.detail().collect()[0]["properties"]:
         predicate = " AND ".join(f"({law})" for law in table.laws.values())  # from the contract, never from input
         ctx.spark.sql("ALTER TABLE delta.`{}` ADD CONSTRAINT laws CHECK ({})".format(path.replace("`", "``"), predicate))
-    return found
+    return found, reshaped
 
 
-def _replace(ctx: Context, table: Table, written: DataFrame, partition: dict[str, str] | None, observed: dict[str, float]) -> None:
+def _replace(
+    ctx: Context,
+    table: Table,
+    written: DataFrame,
+    where: str | None,
+    observed: dict[str, float],
+    built: "Built | None",
+    reshaped: bool,
+) -> None:
     path = str(ctx.table_path(table.name))
-    current = ctx.spark.read.format("delta").load(path)
-    where = _predicate(partition) if partition else None
-    if where:
-        current = current.where(where)
-    if content_hash(table, current) == (int(observed["rows"]), str(observed["content"] or 0)) and ctx.lake.version(table.name) > 0:
-        return
     writer = written.write.format("delta").mode("overwrite")
+    if reshaped:
+        writer = writer.option("overwriteSchema", "true").partitionBy(*table.partition_by)
+    else:
+        current = ctx.spark.read.format("delta").load(path)
+        current = current.where(where) if where else current
+        if content_hash(table, current) == (int(observed["rows"]), str(observed["content"] or 0)) and ctx.lake.version(table.name) > 0:
+            return
     if where:
         writer = writer.option("replaceWhere", where)
-    _with_retry(lambda: writer.save(path))
+    if built is None:
+        _with_retry(lambda: writer.save(path))
+        return
+    if built.base >= 0 and ctx.lake.version(table.name) != built.base:
+        raise Overtaken(f"{table.name}: version {ctx.lake.version(table.name)} was published since version {built.base} was read")
+    try:
+        writer.option("userMetadata", built.metadata()).save(path)
+    except PySparkException as error:
+        raise (Overtaken(f"{table.name}: another run changed the same partitions") if _conflict(error) else error) from None
+    commits = ctx.lake.open(table.name).history()
+    mine = next(c for c in commits if c.get("userMetadata") == built.metadata())
+    if built.base >= 0 and mine["readVersion"] != built.base:  # it came between the look above and the commit
+        raise Overtaken(f"{table.name}: version {mine['readVersion']} was published since version {built.base} was read")
 
 
 def _insert(ctx: Context, table: Table, target: DeltaTable, written: DataFrame) -> int:
@@ -152,16 +212,27 @@ def _insert(ctx: Context, table: Table, target: DeltaTable, written: DataFrame) 
     added = written.join(current.select(keys), on=keys, how="left_anti").count()
     if added:
         on = " AND ".join(f"old.{k} = new.{k}" for k in [*keys, *(c for c in table.partition_by if c not in keys)])
+        for column in table.partition_by:  # as values: only so are the other partitions left unread
+            values = [str(r[0]) for r in written.select(column).distinct().collect()]
+            on += f" AND {_predicate({column: values}, 'old.')}"
         _with_retry(lambda: target.alias("old").merge(written.alias("new"), on).whenNotMatchedInsertAll().execute())
     return added
 
 
-def _predicate(partition: dict[str, str]) -> str:
+def _predicate(partition: Partition, prefix: str = "") -> str:
     """`replaceWhere` takes text only: values are held to a narrow alphabet."""
-    for value in partition.values():
-        if not re.fullmatch(r"[A-Za-z0-9_.:@+-]+", value):
-            raise InputError(f"partition value {value!r} has characters other than letters, digits and _.:@+-")
-    return " AND ".join(f"{column} = '{value}'" for column, value in partition.items())
+    parts = []
+    for column, wanted in partition.items():
+        values = sorted([wanted] if isinstance(wanted, str) else wanted)
+        for value in values:
+            if not re.fullmatch(r"[A-Za-z0-9_.:@+-]+", value):
+                raise InputError(f"partition value {value!r} has characters other than letters, digits and _.:@+-")
+        parts.append(f"{prefix}{column} IN ({', '.join(repr(v) for v in values)})")
+    return " AND ".join(parts)
+
+
+def _conflict(error: PySparkException) -> bool:
+    return "CONCURRENT" in str(error).upper()
 
 
 def _with_retry(commit: Any) -> None:
@@ -171,6 +242,6 @@ def _with_retry(commit: Any) -> None:
             commit()
             return
         except PySparkException as error:
-            if "CONCURRENT" not in str(error).upper() or attempt == RETRIES - 1:
+            if not _conflict(error) or attempt == RETRIES - 1:
                 raise
             time.sleep(0.2 * 2**attempt)

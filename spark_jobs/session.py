@@ -59,10 +59,11 @@ def get_session(cfg: Config, root: Path) -> SparkSession:
     return spark
 
 
-def read(ctx: Context, name: str) -> DataFrame:
-    """A table at its latest version. Raises MissingInputError naming the stage that builds it."""
+def read(ctx: Context, name: str, version: int | None = None) -> DataFrame:
+    """A table at its latest version, or at an earlier one. Raises MissingInputError naming the stage that builds it."""
     ctx.lake.open(name)
-    return ctx.spark.read.format("delta").load(str(ctx.table_path(name)))
+    reader = ctx.spark.read.format("delta")
+    return (reader if version is None else reader.option("versionAsOf", version)).load(str(ctx.table_path(name)))
 
 
 def frame_of(ctx: Context, table: pa.Table) -> DataFrame:

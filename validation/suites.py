@@ -8,6 +8,7 @@ import contextlib
 import io
 import json
 import logging
+from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import pyarrow as pa
 from schemas.base import Table
 
 
-def rules(table: Table, partition: dict[str, str] | None = None) -> dict[str, str]:
+def rules(table: Table, partition: dict[str, str | Collection[str]] | None = None) -> dict[str, str]:
     """Rule name -> SQL predicate that every row must meet: laws, nulls, closed value sets, and the partition being replaced."""
     found = dict(table.laws)
     for column in table.columns:
@@ -30,8 +31,9 @@ def rules(table: Table, partition: dict[str, str] | None = None) -> dict[str, st
             found[f"no_null_in({column.name})"] = f"NOT exists({column.name}, x -> x IS NULL)"
         if pa.types.is_floating(column.type):
             found[f"finite({column.name})"] = f"NOT isnan({column.name})"
-    for column_name, value in (partition or {}).items():
-        found[f"in_partition({column_name})"] = f"{column_name} = '{value}'"
+    for name, wanted in (partition or {}).items():
+        values = ", ".join(f"'{v}'" for v in sorted([wanted] if isinstance(wanted, str) else wanted))
+        found[f"in_partition({name})"] = f"{name} IN ({values})"
     return found
 
 

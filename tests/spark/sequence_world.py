@@ -88,7 +88,7 @@ def interaction_rows(
             rows.append(
                 {"user_id": user, "ordinal": place, "item_id": item, "event_id": f"{user}:{place}", "kind": "review",
                  "event_time": dt.datetime.combine(date, dt.time(10), dt.UTC), "event_date": date, "day_known": place % 7 != 0,
-                 "session": 1, "gap_days": None, "from_end": end, "split": split}
+                 "session": 1, "gap_days": None, "split": split, "period": "2026"}
             )  # fmt: skip
     return rows
 

@@ -35,7 +35,7 @@ def table_of(histories: dict[str, list[tuple[str, int, str]]]) -> pa.Table:
                 "day_known": day is not None,
             }
             row |= {"event_date": dt.date(1970, 1, 1) if day is None else START + dt.timedelta(days=day), "session": n}
-            rows.append(row | {"from_end": len(steps) - n + 1, "split": split})
+            rows.append(row | {"split": split, "period": "2026" if day is not None else "1970"})
     return pa.Table.from_pylist(rows, schema=schemas.get("interactions").arrow())
 
 
@@ -109,8 +109,10 @@ def test_what_a_fit_may_not_see_changes_nothing(ctx):
     }  # fmt: skip
     outcomes = []
     for histories in (clean, poisoned):
-        fitted = evidence.with_decay(evidence.by_fit(frame_of(ctx, table_of(histories))), SETTINGS).where("fit = 'train'")
-        pairs = evidence.item_pairs(evidence.pair_counts(fitted, 3), SETTINGS).collect()
+        interactions = frame_of(ctx, table_of(histories))
+        fitted = evidence.with_decay(evidence.by_fit(interactions), SETTINGS).where("fit = 'train'")
+        counted = evidence.pair_counts(evidence.pair_days(interactions, 3), evidence.ends_of(fitted), SETTINGS)
+        pairs = evidence.item_pairs(counted, SETTINGS).collect()
         outcomes.append((sorted(pairs), sorted(evidence.item_stats(fitted).collect())))
     assert outcomes[0] == outcomes[1]
     assert outcomes[0][0]
@@ -119,8 +121,10 @@ def test_what_a_fit_may_not_see_changes_nothing(ctx):
 def test_a_robot_counts_for_its_last_interactions_only_and_undated_users_still_weigh(ctx, monkeypatch):
     monkeypatch.setattr(evidence, "MAX_STEPS", 5)
     histories = {"robot": [(f"r{n}", 3, "pretrain") for n in range(50)], "undated": [("x", None, "pretrain"), ("y", None, "pretrain")]}
-    fitted = evidence.with_decay(evidence.by_fit(frame_of(ctx, table_of(histories))), SETTINGS).where("fit = 'train'")
-    pairs = {(r["item_id"], r["next_item_id"]): r for r in evidence.item_pairs(evidence.pair_counts(fitted, 1), SETTINGS).collect()}
-    assert set(pairs) == {(f"r{n}", f"r{n + 1}") for n in range(45, 49)} | {("x", "y")}
+    interactions = frame_of(ctx, table_of(histories))
+    fitted = evidence.with_decay(evidence.by_fit(interactions), SETTINGS).where("fit = 'train'")
+    counted = evidence.pair_counts(evidence.pair_days(interactions, 1), evidence.ends_of(fitted), SETTINGS)
+    pairs = {(r["item_id"], r["next_item_id"]): r for r in evidence.item_pairs(counted, SETTINGS).collect()}
+    assert set(pairs) == {(f"r{n}", f"r{n + 1}") for n in range(4)} | {("x", "y")}
     assert pairs["x", "y"]["weight"] == pytest.approx(0.5)
     assert {r["item_id"]: r["last_date"] for r in evidence.item_stats(fitted).collect()}["x"] is None

@@ -1,0 +1,81 @@
+"""What changed since a table was built: how a night costs what changed, and not what there is.
+
+A stage that builds by increments says, in the commit of its table, which version of its source the rows were made from, under which
+settings and code (`Built`). The next night reads from the source's change feed what was added since, rebuilds what depends on it, and
+replaces whole partitions. Where no earlier build can be told, or it was made otherwise, everything is built: slower, and the same rows.
+
+Two runs at once: a build is published only onto the version that it started from. Who was overtaken starts again (`until_settled`).
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pyspark.errors import PySparkException
+from pyspark.sql import DataFrame
+
+from gr2.config import Config
+from gr2.context import Context, Result
+from gr2.pipeline import get, settings_of
+from schemas.lake import UPKEEP
+from spark_jobs.publish import RETRIES, Overtaken
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a table's rows were made from."""
+
+    source: str
+    version: int  # of the source
+    settings: dict[str, Any]  # hashes of the stage's settings and code; anything else that a later build must know
+    base: int = -1  # version of the table that the build started from; -1: there was none
+
+    def metadata(self) -> str:
+        """As it stands in the commit."""
+        return json.dumps({"source": self.source, "version": self.version, "settings": self.settings}, sort_keys=True)
+
+
+def building(cfg: Config, ctx: Context, stage: str, target: str, source: str, **known: Any) -> Built:
+    """What a build of `target` that begins now is made from. Raises MissingInputError without the source."""
+    base = ctx.lake.version(target) if ctx.lake.exists(target) else -1
+    return Built(source, ctx.lake.version(source), {**settings_of(get(stage), cfg), **known}, base)
+
+
+def last_built(ctx: Context, target: str, now: Built) -> Built | None:
+    """How the rows of `target` were made, if the last commit that changed them says so, of the same source and by the same code."""
+    if now.base < 0:
+        return None
+    commits = [c for c in ctx.lake.open(target).history() if c["version"] <= now.base and c.get("operation") not in UPKEEP]
+    told = json.loads(commits[0].get("userMetadata") or "{}") if commits else {}
+    same = ("config", "code")
+    if told.get("source") != now.source or any(told["settings"].get(k) != now.settings[k] for k in same):
+        return None
+    return Built(now.source, told["version"], told["settings"], now.base)
+
+
+def added(ctx: Context, now: Built, before: Built) -> DataFrame | None:
+    """Rows that the source gained between two builds; nothing where its change feed does not reach back so far."""
+    path = str(ctx.table_path(now.source))
+    if before.version >= now.version:
+        return ctx.spark.read.format("delta").load(path).limit(0)
+    feed = ctx.spark.read.format("delta").option("readChangeFeed", "true").option("startingVersion", before.version + 1)
+    try:
+        changed = feed.option("endingVersion", now.version).load(path)
+        changed.schema  # noqa: B018  (resolves the versions, or fails)
+    except PySparkException as error:
+        ctx.log(f"{now.source}: its change feed does not reach back to version {before.version} ({str(error).splitlines()[0][:120]})")
+        return None
+    return changed.where("_change_type = 'insert'").drop("_change_type", "_commit_version", "_commit_timestamp")
+
+
+def until_settled(ctx: Context, build: Callable[[], Result]) -> Result:
+    """Builds, and again where another run published in between. Raises Overtaken if that does not end."""
+    for attempt in range(RETRIES):
+        try:
+            return build()
+        except Overtaken as error:
+            if attempt == RETRIES - 1:
+                raise
+            ctx.log(f"{error}; building again")
+    raise AssertionError("unreachable")
