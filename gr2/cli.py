@@ -30,7 +30,7 @@ app = typer.Typer(
 )  # fmt: skip
 
 Profile = Annotated[str, typer.Option(help="A profile: a file in conf/.")]
-Date = Annotated[str | None, typer.Option(help="The processed day, YYYY-MM-DD. Without it: all the data there are.")]
+Date = Annotated[str | None, typer.Option(help="The night of a day, YYYY-MM-DD: what it adds. Without it: everything is built.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a setting: key=value, such as rl.prompts_per_step=8. Repeatable.")]
 WIDE = 110  # columns of a terminal from which the summary shows every figure
 
@@ -63,11 +63,14 @@ def run(
     force: Annotated[bool, typer.Option(help="Run every stage again, even if up to date.")] = False,
     settings: Set = None,
 ) -> None:
-    """Run the stages in order. One whose settings, code and inputs did not change is skipped; a killed run goes on where it stopped."""
+    """Run the stages in order: everything; or with --date what a night adds (data, new codes, lists, scores, drift, release).
+
+    A stage whose settings, code and inputs did not change is skipped; a killed run goes on where it stopped.
+    """
     from gr2 import pipeline
 
     ctx = _context(profile, settings, date)
-    stages = pipeline.between(first, last)
+    stages = pipeline.between(first, last, "night" if ctx.date else "build")
     _require_machine(ctx)
     started, rows = time.monotonic(), []
     with _lock(ctx):

@@ -322,6 +322,7 @@ class Scoring(Section):
         "opd+rl": ("think",),
         "fast": ("score",),
     }
+    live: dict[Name, tuple[Literal["think", "direct", "score"], ...]] = {"rl": ("score",)}  # what answers for a night's lists
     splits: tuple[Literal["valid", "test"], ...] = ("test",)
     replicas: Positive = 1
     audit_replicas: Positive = 3  # permuted replicas on a sample, for the position audit
@@ -347,6 +348,14 @@ class Evaluation(Section):
     min_tau: float = Field(-1.0, ge=-1.0, le=1.0)  # position audit: replicas must agree at least so well
     max_copy_rate: Share = 1.0
     max_invalid_rate: Share = 1.0
+
+
+class Drift(Section):
+    """Stability indices of a night, held against the days before (`drift`)."""
+
+    reference_days: Positive = 28
+    retrain_at: float = Field(0.25, gt=0)  # more calls for retraining
+    fail_at: float = Field(float("inf"), gt=0)  # more fails the night
 
 
 class Maintenance(Section):
@@ -381,6 +390,7 @@ class Config(Section):
     distill: Distill = Distill()
     scoring: Scoring = Scoring()
     evaluation: Evaluation = Evaluation()
+    drift: Drift = Drift()
     maintenance: Maintenance = Maintenance()
 
     @model_validator(mode="after")

@@ -94,8 +94,17 @@ class Context:
         return importlib.import_module("spark_jobs.session").get_session(self.cfg, self.root)
 
     def model(self, name: str, stage: str) -> artifacts.Artifact:
-        """A model's current version; MissingInputError names the `stage` that builds it."""
-        return artifacts.resolve(self.root, name, stage)
+        """A model's current version, at night (with --date) that of the promoted release.
+
+        So a night does not meet models of a retraining that is under way. Raises MissingInputError naming the `stage` that builds it.
+        """
+        return artifacts.resolve(self.root, name, stage, self.promoted.get("models", {}).get(name) if self.date else None)
+
+    @cached_property
+    def promoted(self) -> dict[str, dict[str, Any]]:
+        """Pins of the promoted release (tables, models); empty before the first."""
+        rows = self.lake.read("releases", ["pins"], status="promoted").to_pylist() if self.lake.exists("releases") else []
+        return dict(json.loads(rows[0]["pins"])) if rows else {}
 
     # -- the draft release ----------------------------------------------------------------------------------------
 
@@ -103,15 +112,19 @@ class Context:
         """Adds a table's version or a model's hash to the draft release (DESIGN contract 6)."""
         self.pins = self._read_draft()
         self.pins.setdefault(kind, {})[name] = version
-        path = self.root / "runs" / "draft.json"
+        path = self._draft
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}")
         temporary.write_text(json.dumps(self.pins, indent=1, sort_keys=True))
         os.replace(temporary, path)
 
     def _read_draft(self) -> dict[str, dict[str, Any]]:
-        path = self.root / "runs" / "draft.json"
-        return json.loads(path.read_text()) if path.exists() else {}
+        return json.loads(self._draft.read_text()) if self._draft.exists() else {}
+
+    @property
+    def _draft(self) -> Path:
+        """A night's draft is its own: a retraining that is under way must not be released with it."""
+        return self.root / "runs" / (f"night-{self.date}" if self.date else "") / "draft.json"
 
     # -- telling --------------------------------------------------------------------------------------------------
 

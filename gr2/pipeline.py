@@ -30,6 +30,7 @@ class Stage:
     writes: tuple[str, ...] = ()
     uses: tuple[str, ...] = ()  # models read
     makes: tuple[str, ...] = ()  # models written
+    flows: tuple[str, ...] = ("build",)  # build: everything, without --date; night: what a day adds, with --date
 
     @property
     def trains(self) -> bool:
@@ -37,17 +38,33 @@ class Stage:
         return self.module.startswith("training.")
 
 
+BOTH = ("build", "night")
 STAGES = (
-    Stage("events", "spark_jobs.events", ("data", "simulator"), (), ("events", "quarantine")),
-    Stage("items", "spark_jobs.items", ("data", "simulator"), (), ("items", "quarantine")),
-    Stage("interactions", "spark_jobs.interactions", ("data",), ("events", "items"), ("interactions", "histories")),
-    Stage("impressions", "spark_jobs.impressions", ("data",), ("events",), ("impressions",)),
-    Stage("evidence", "spark_jobs.evidence", ("evidence",), ("interactions",), ("pair_days", "item_pairs", "item_stats")),
+    Stage("events", "spark_jobs.events", ("data", "simulator"), (), ("events", "quarantine"), flows=BOTH),
+    Stage("items", "spark_jobs.items", ("data", "simulator"), (), ("items", "quarantine"), flows=BOTH),
+    Stage("interactions", "spark_jobs.interactions", ("data",), ("events", "items"), ("interactions", "histories"), flows=BOTH),
+    Stage("impressions", "spark_jobs.impressions", ("data",), ("events",), ("impressions",), flows=BOTH),
+    Stage("evidence", "spark_jobs.evidence", ("evidence",), ("interactions",), ("pair_days", "item_pairs", "item_stats"), flows=BOTH),
     Stage(
-        "item_embeddings", "spark_jobs.item_embeddings", ("embeddings",), ("items", "item_pairs"), ("item_embeddings",), (), ("embedder",)
+        "item_embeddings",
+        "spark_jobs.item_embeddings",
+        ("embeddings",),
+        ("items", "item_pairs"),
+        ("item_embeddings",),
+        (),
+        ("embedder",),
+        BOTH,
     ),
-    Stage("tokenizer", "training.tokenizer", ("tokenizer", "embeddings"), ("item_embeddings", "item_pairs"), (), (), ("tokenizer",)),
-    Stage("semantic_ids", "spark_jobs.semantic_ids", ("tokenizer",), ("item_embeddings", "item_pairs"), ("semantic_ids",), ("tokenizer",)),
+    Stage("tokenizer", "training.tokenizer", ("tokenizer", "embeddings"), ("item_embeddings", "item_pairs"), (), (), ("tokenizer",), BOTH),
+    Stage(
+        "semantic_ids",
+        "spark_jobs.semantic_ids",
+        ("tokenizer",),
+        ("item_embeddings", "item_pairs"),
+        ("semantic_ids",),
+        ("tokenizer",),
+        flows=BOTH,
+    ),
     Stage(
         "midtrain_examples",
         "spark_jobs.midtrain_examples",
@@ -68,9 +85,10 @@ STAGES = (
         "candidates",
         "spark_jobs.candidates",
         ("candidates", "data"),
-        ("interactions", "histories", "impressions", "semantic_ids", "item_pairs", "item_stats", "items", "item_embeddings"),
+        ("interactions", "histories", "impressions", "semantic_ids", "pair_days", "item_pairs", "item_stats", "items", "item_embeddings"),
         ("candidates", "candidate_features"),
         ("midtrain", "midtrain-refit"),
+        flows=BOTH,
     ),
     Stage(
         "reasoning_traces",
@@ -125,6 +143,15 @@ STAGES = (
         ("candidates", "candidate_features", "items", "semantic_ids"),
         ("rerank_scores",),
         ("sft", "rl", "opd", "opd+rl", "fast"),
+        flows=BOTH,
+    ),
+    Stage(
+        "drift",
+        "spark_jobs.drift",
+        ("drift", "scoring"),
+        ("events", "histories", "semantic_ids", "rerank_scores"),
+        ("audits",),
+        flows=("night",),
     ),
     Stage("baselines", "spark_jobs.baselines", ("evaluation",), ("candidates", "candidate_features"), ("baselines",)),
     Stage(
@@ -134,9 +161,11 @@ STAGES = (
         ("candidates", "rerank_scores", "baselines"),
         ("metrics", "audits"),
     ),
-    Stage("release", "spark_jobs.release", ("maintenance",), ("metrics", "audits", "rerank_scores"), ("releases", "stage_runs")),
+    Stage(
+        "release", "spark_jobs.release", ("maintenance",), ("metrics", "audits", "rerank_scores"), ("releases", "stage_runs"), flows=BOTH
+    ),
     Stage("report", "spark_jobs.report", (), ("metrics", "audits", "releases", "stage_runs"), ()),
-    Stage("maintenance", "spark_jobs.maintenance", ("maintenance",), ("releases",), ()),
+    Stage("maintenance", "spark_jobs.maintenance", ("maintenance",), ("releases",), (), flows=BOTH),
 )
 
 
@@ -158,13 +187,22 @@ def builder_of(table: str) -> str:
     return next((s.name for s in STAGES if table in s.writes), "?")
 
 
-def between(first: str | None, last: str | None) -> list[Stage]:
-    """The stages from one name to another, both included."""
-    start = names().index(get(first).name) if first else 0
-    end = names().index(get(last).name) if last else len(STAGES) - 1
+def flow(name: str) -> list[Stage]:
+    """The stages of a flow, in order: `build` makes everything, `night` brings the tables up to date and re-scores."""
+    return [s for s in STAGES if name in s.flows]
+
+
+def between(first: str | None, last: str | None, name: str = "build") -> list[Stage]:
+    """The stages of a flow from one name to another, both included. Raises ConfigError for one that the flow does not have."""
+    stages = flow(name)
+    for bound in (first, last):
+        if bound and get(bound) not in stages:
+            raise ConfigError(f"stage {bound} is not part of a {name}; its stages: {', '.join(s.name for s in stages)}")
+    start = stages.index(get(first)) if first else 0
+    end = stages.index(get(last)) if last else len(stages) - 1
     if start > end:
         raise ConfigError(f"--from {first} comes after --to {last}")
-    return list(STAGES[start : end + 1])
+    return stages[start : end + 1]
 
 
 def fingerprint(stage: Stage, cfg: Config, ctx: Context) -> str:
@@ -221,7 +259,7 @@ def execute(stage: Stage, cfg: Config, ctx: Context, print_: str) -> Result:
             **result_json(result),
         },
     )
-    for model in stage.makes:
+    for model in () if ctx.date else stage.makes:  # a night keeps the models of the promoted release
         if digest := _current(ctx.root, model):
             ctx.pin("models", model, digest)
     return result
@@ -229,17 +267,22 @@ def execute(stage: Stage, cfg: Config, ctx: Context, print_: str) -> Result:
 
 def read_record(ctx: Context, stage: str) -> dict[str, Any]:
     """The last good run of a stage, or nothing."""
-    path = ctx.root / "runs" / f"{stage}.json"
+    path = _record(ctx, stage)
     return json.loads(path.read_text()) if path.exists() else {}
 
 
 def write_record(ctx: Context, stage: str, record: dict[str, Any]) -> None:
     """Keeps a stage's last good run; written whole, then renamed."""
-    path = ctx.root / "runs" / f"{stage}.json"
+    path = _record(ctx, stage)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_suffix(f".{os.getpid()}")
     temporary.write_text(json.dumps(record, indent=1, sort_keys=True, default=str))
     temporary.replace(path)
+
+
+def _record(ctx: Context, stage: str) -> Path:
+    """Each night has records of its own, so that nights and builds do not take each other's work for theirs."""
+    return ctx.root / "runs" / (f"night-{ctx.date}" if ctx.date else "") / f"{stage}.json"
 
 
 @cache

@@ -4,13 +4,13 @@ from schemas.base import DOUBLE, INT, STRING, Column, Table
 
 TABLE = Table(
     name="candidate_features",
-    version="1.0",
+    version="2.0",
     grain="one candidate of one request",
     key=("request_id", "item_id"),
-    partition_by=("split",),
+    partition_by=("split", "night"),
     columns=(
         Column("request_id", STRING, "request"),
-        Column("split", STRING, "as in candidates", values=("rerank", "valid", "test")),
+        Column("split", STRING, "as in candidates", values=("rerank", "valid", "test", "live")),
         Column("item_id", STRING, "candidate"),
         Column("incoming_rank", INT, "place in the incoming order, from 1"),
         Column("prior_score", DOUBLE, "score of the pre-ranker"),
@@ -31,5 +31,6 @@ TABLE = Table(
         Column("price_ratio", DOUBLE, "price over the mean price of the history; 1 where unknown"),
         Column("days_since_seen", DOUBLE, "days from the item's last fitted interaction to the request; -1 where none"),
         Column("grade", INT, "relevance, as in candidates: a label, never a feature"),
+        Column("night", STRING, "partition: as in candidates"),
     ),
 )

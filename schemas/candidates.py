@@ -4,23 +4,32 @@ from schemas.base import DATE, FLOAT, INT, STRING, Column, Table, list_of
 
 TABLE = Table(
     name="candidates",
-    version="1.0",
+    version="2.0",
     grain="one request",
     key=("request_id",),
-    partition_by=("split",),
-    min_rows=1,
+    partition_by=("split", "night"),
+    layout="an experiment's splits are replaced together; a night is a partition of its own, and waits for no other",
     laws={
         "lists_agree": "size(candidate_ids) = size(prior_scores) AND size(candidate_ids) = size(grades)",
         "rank_in_list": "target_rank IS NULL OR target_rank BETWEEN 1 AND size(candidate_ids)",
     },
     columns=(
-        Column("request_id", STRING, "split, user and ordinal of the target; or the log's own request"),
-        Column("split", STRING, "rerank: trains the re-ranker; valid: picks; test: judges", values=("rerank", "valid", "test")),
+        Column(
+            "request_id",
+            STRING,
+            "split, user and ordinal of the target; the log's own; or live, night, user and a hash of what it was made from",
+        ),
+        Column(
+            "split",
+            STRING,
+            "rerank: trains the re-ranker; valid: picks; test: judges; live: a night's list, to be served",
+            values=("rerank", "valid", "test", "live"),
+        ),
         Column("user_id", STRING, "user"),
         Column("source", STRING, "beam: the generative pre-ranker; log: an impression log", values=("beam", "log")),
         Column("model_id", STRING, "pre-ranker, with its hash; log for logged slates"),
-        Column("fit", STRING, "what pre-ranker and evidence were fitted on", values=("train", "refit")),
-        Column("as_of", DATE, "day of the target: history lies before it"),
+        Column("fit", STRING, "what the evidence was fitted on; live: all up to the night", values=("train", "refit", "live")),
+        Column("as_of", DATE, "day of the target, or the day after the night: history lies before it"),
         Column("history_ids", list_of(STRING), "items before the target, oldest first"),
         Column("history_days", list_of(INT), "days between each and the target"),
         Column("candidate_ids", list_of(STRING), "incoming order, best first"),
@@ -30,5 +39,6 @@ TABLE = Table(
         Column("target_rank", INT, "its place in the list from 1; null where it is not in it", nullable=True),
         Column("full_rank", INT, "its place in the pre-ranker's full beam from 1; null beyond the beam", nullable=True),
         Column("slice", STRING, "time between the target and the item before", values=("same_day", "later_day", "unknown_day")),
+        Column("night", STRING, "partition: the day whose night made the list; none for an experiment's"),
     ),
 )

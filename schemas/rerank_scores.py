@@ -4,11 +4,11 @@ from schemas.base import DOUBLE, FLOAT, INT, STRING, Column, Table, list_of
 
 TABLE = Table(
     name="rerank_scores",
-    version="1.0",
+    version="2.0",
     grain="one request, model, mode and replica",
     key=("request_id", "model_id", "mode", "replica"),
     mode="insert",
-    partition_by=("model_id",),
+    partition_by=("model_id", "night"),
     laws={"ok_has_order": "(status = 'ok') = (new_order IS NOT NULL)"},
     columns=(
         Column("request_id", STRING, "request"),
@@ -16,7 +16,7 @@ TABLE = Table(
         Column("model", STRING, "model's name"),
         Column("mode", STRING, "how it answered", values=("think", "direct", "score")),
         Column("replica", INT, "0 for the figure, more for the position audit"),
-        Column("split", STRING, "as in candidates", values=("rerank", "valid", "test")),
+        Column("split", STRING, "as in candidates", values=("rerank", "valid", "test", "live")),
         Column("status", STRING, "ok, or the failure's name"),
         Column("new_order", list_of(STRING), "candidate ids, best first", nullable=True),
         Column("labels", list_of(STRING), "label of each candidate, in incoming order"),
@@ -28,5 +28,6 @@ TABLE = Table(
         Column("prompt_tokens", INT, "tokens read"),
         Column("completion_tokens", INT, "tokens written"),
         Column("seconds", DOUBLE, "wall time, the batch's share", volatile=True),
+        Column("night", STRING, "partition: as in candidates"),
     ),
 )

@@ -1,9 +1,11 @@
 """Stage `candidates`: the lists that the re-ranker gets, one a request, and the evidence of each candidate.
 
+Without --date those of an experiment, with targets; with --date those of a night (`night_lists.py`).
+
 Reads    `interactions`, `semantic_ids`, the models `midtrain` (requests of rerank and valid) and `midtrain-refit` (test); with
          candidates.source = log `interactions` and `impressions` instead. Then evidence and items, for the features.
 Writes   `candidates`: one request; key request_id. `candidate_features`: one candidate of a request; key request_id, item_id.
-Rerun    requests are drawn by hash, beams are exact, both tables are replaced whole: equal inputs give equal content.
+Rerun    requests are drawn by hash, beams are exact, the experiment's partitions are replaced: equal inputs give equal content.
 
 Every target is ranked by a pre-ranker that did not train on it (DESIGN section 4). The history is all that the user chose before the
 target; its items are never candidates, and a target that stands in its own history is no request. Leave-one-out gives one request per
@@ -12,10 +14,11 @@ user and split, the time protocol up to data.max_requests_per_user, there also w
 Spark cuts the requests; the beams run in this process, in chunks of candidates.batch requests of like length: torch uses all cores, so
 a pool of Python workers would only hold more copies of the model.
 
-    gr2 stage candidates --profile demo
+    gr2 stage candidates --profile demo [--date 2026-01-05]
 """
 
 import datetime as dt
+import importlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,6 +29,7 @@ from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 from pyspark.sql.window import Window
 
+from gr2.artifacts import Artifact
 from gr2.config import Config
 from gr2.context import Context, Result
 from gr2.errors import ConfigError, InputError
@@ -39,20 +43,26 @@ SPLITS = ("rerank", "valid", "test")
 FIT = {"rerank": "train", "valid": "train", "test": "refit"}
 MODEL = {"train": "midtrain", "refit": "midtrain-refit"}
 REQUEST = ("request_id", "split", "user_id", "as_of", "history_ids", "history_days", "target_id", "slice", "seen_ids")
+EXPERIMENT = {"night": "none"}  # partition of the lists that have targets
 
 
 def run(cfg: Config, ctx: Context) -> Result:
     """Builds both tables. Raises InputError if no split has a request."""
+    if ctx.date:
+        return importlib.import_module("spark_jobs.night_lists").build(cfg, ctx, ctx.date)
     interactions = read(ctx, "interactions")
     if cfg.candidates.source == "log":
         frame = logged(cfg, interactions, read(ctx, "impressions"))
+        if frame.isEmpty():
+            raise InputError("no logged slate has a click and a user with a history: there is nothing to re-rank in these data")
     else:
         table = beamed(cfg, ctx, sampled(requests(cfg, interactions), cfg).toArrow())
         if not table.num_rows:
             raise InputError("no user has a target beyond the pretrain split: there is nothing to re-rank in these data")
         frame = frame_of(ctx, table)
-    rows = publish(ctx, "candidates", frame)
-    features = publish(ctx, "candidate_features", with_features(ctx, read(ctx, "candidates")))
+    rows = publish(ctx, "candidates", frame, EXPERIMENT)
+    made = read(ctx, "candidates").where(F.col("night") == EXPERIMENT["night"])
+    features = publish(ctx, "candidate_features", with_features(ctx, made), EXPERIMENT)
     detail = ceilings(ctx)
     ctx.log(f"candidates: {detail}")
     return Result(rows_in=rows, rows_out=rows + features, detail=detail)
@@ -177,6 +187,7 @@ def _as_contract(rows: DataFrame) -> DataFrame:
         F.when(F.col("target_id").isNotNull(), F.array_position("slate.item_id", F.col("target_id")).cast("int")).alias("target_rank"),
         F.lit(None).cast("int").alias("full_rank"),
         slice_of(F.col("as_of"), last["event_date"], last["day_known"]).alias("slice"),
+        F.lit(EXPERIMENT["night"]).alias("night"),
     )
 
 
@@ -189,17 +200,16 @@ def beamed(cfg: Config, ctx: Context, rows: pa.Table) -> pa.Table:
     for fit, name in MODEL.items():
         chosen = [row for row in rows.to_pylist() if FIT[row["split"]] == fit]
         if chosen:
-            parts += list(ranked(cfg, ctx, chosen, fit, name))
+            parts += list(ranked(cfg, ctx, chosen, fit, ctx.model(name, "midtrain")))
     return pa.Table.from_pylist(parts, schema=get("candidates").arrow())
 
 
-def ranked(cfg: Config, ctx: Context, rows: list[dict[str, Any]], fit: str, name: str) -> Iterator[dict[str, Any]]:
-    """One row of `candidates` for each request, by the model `name`."""
+def ranked(cfg: Config, ctx: Context, rows: list[dict[str, Any]], fit: str, artifact: Artifact) -> Iterator[dict[str, Any]]:
+    """One row of `candidates` for each request, by the pre-ranker `artifact`."""
     from scoring.beams import beam_search, with_item_scores
     from scoring.model import item_tokens, item_vectors, load, sid_ids
     from training.midtrain import start_id
 
-    artifact = ctx.model(name, "midtrain")
     model, tokenizer = load(artifact.path)
     ids, codes_NL = _codes(ctx)
     place_of = {item: i for i, item in enumerate(ids)}
@@ -212,14 +222,14 @@ def ranked(cfg: Config, ctx: Context, rows: list[dict[str, Any]], fit: str, name
     rows = sorted(rows, key=lambda row: (len(row["history_ids"]), row["request_id"]))
     size = cfg.candidates.batch
     chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
-    for chunk in ctx.track(chunks, f"beams of {name}", len(chunks)):
+    for chunk in ctx.track(chunks, f"beams of {artifact.name}", len(chunks)):
         exclude = [sorted({place_of[i] for i in row["seen_ids"] if i in place_of} | hidden(row["as_of"])) for row in chunk]
         texts = [prompts.of(row["history_ids"]) for row in chunk]
         found = beam_search(model, ids_LK, trie, texts, cfg.candidates.beam, exclude, pad=tokenizer.pad_token_id, batch=size)
         if cfg.candidates.item_weight:
             found = with_item_scores(found, items_ND, cfg.candidates.item_weight)
         for row, places, scores in zip(chunk, found.items_BW, found.logprobs_BW, strict=True):
-            yield _row(cfg, row, fit, artifact.id, [ids[p] for p in places if p >= 0], scores)
+            yield row_of(cfg, row, fit, artifact.id, [ids[p] for p in places if p >= 0], scores)
 
 
 class Prompts:
@@ -259,7 +269,8 @@ def _unknown_on(ctx: Context, cfg: Config, place_of: dict[str, int]) -> Any:
     return after
 
 
-def _row(cfg: Config, row: dict[str, Any], fit: str, model_id: str, items: list[str], scores: Any) -> dict[str, Any]:
+def row_of(cfg: Config, row: dict[str, Any], fit: str, model_id: str, items: list[str], scores: Any) -> dict[str, Any]:
+    """One request with its list, in the contract's columns."""
     target, n = row["target_id"], cfg.candidates.n
     rank = items.index(target) + 1 if target in items else None
     return {
@@ -272,6 +283,7 @@ def _row(cfg: Config, row: dict[str, Any], fit: str, model_id: str, items: list[
         "grades": [int(item == target) for item in items[:n]],
         "target_rank": rank if rank and rank <= n else None,
         "full_rank": rank,
+        "night": row.get("night", EXPERIMENT["night"]),
     }
 
 

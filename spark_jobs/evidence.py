@@ -49,7 +49,7 @@ def _build(cfg: Config, ctx: Context) -> Result:
         days = publish(ctx, "pair_days", mine, {"period": periods}, now) if periods else 0
     if ctx.date:
         return Result(rows_in=interactions.count(), rows_out=days, detail={"pair_days": days})
-    facts = read(ctx, "pair_days")
+    facts = by_fit(read(ctx, "pair_days"))
     fitted = with_decay(by_fit(interactions), cfg.evidence).persist(StorageLevel.MEMORY_AND_DISK)
     try:
         counted = pair_counts(facts, ends_of(fitted), cfg.evidence).persist(StorageLevel.MEMORY_AND_DISK)
@@ -59,6 +59,14 @@ def _build(cfg: Config, ctx: Context) -> Result:
     finally:
         fitted.unpersist()
     return Result(rows_in=interactions.count(), rows_out=days + pairs + items, detail={"days": days, "pairs": pairs, "stats": items})
+
+
+def as_of(ctx: Context, evidence: Evidence, night: dt.date) -> tuple[DataFrame, DataFrame]:
+    """What all days up to a night say, in the form of `item_pairs` and `item_stats`, as fit `live`. Nothing later is read."""
+    known = F.col("event_date") <= F.lit(night)
+    acts, facts = (read(ctx, table).where(known).withColumn("fit", F.lit("live")) for table in ("interactions", "pair_days"))
+    fitted = with_decay(acts, evidence)
+    return item_pairs(pair_counts(facts, ends_of(fitted), evidence), evidence), item_stats(fitted)
 
 
 def by_fit(rows: DataFrame) -> DataFrame:
@@ -101,7 +109,9 @@ def pair_days(interactions: DataFrame, window: int, periods: set[str] | None = N
     place = F.row_number().over(Window.partitionBy("user_id", "period").orderBy("ordinal"))
     earlier = [
         F.struct(
-            F.lag("item_id", step).over(order).alias("item_id"), F.lag("event_date", step).over(order).alias("date"), F.lit(step).alias("step")
+            F.lag("item_id", step).over(order).alias("item_id"),
+            F.lag("event_date", step).over(order).alias("date"),
+            F.lit(step).alias("step"),
         )
         for step in range(1, window + 1)
     ]
@@ -125,10 +135,12 @@ def pair_days(interactions: DataFrame, window: int, periods: set[str] | None = N
 
 
 def pair_counts(facts: DataFrame, ends: DataFrame, evidence: Evidence) -> DataFrame:
-    """(fit, item_id, next_item_id) with units, count, next_count and median gap: days summed up, each decayed to the end of its fit."""
+    """(fit, item_id, next_item_id) with units, count, next_count and median gap: days summed up, each decayed to the end of its fit.
+
+    `facts`: rows of `pair_days` with the fit that sees them.
+    """
     return (
-        by_fit(facts)
-        .join(F.broadcast(ends), on="fit", how="inner")
+        facts.join(F.broadcast(ends), on="fit", how="inner")
         .withColumn("decay", decay(evidence))
         .groupBy("fit", "item_id", "next_item_id")
         .agg(

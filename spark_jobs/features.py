@@ -19,14 +19,19 @@ from gr2.context import Context
 from spark_jobs.session import read
 
 LOOKBACK = 20  # history items, latest first, that evidence is looked up for
-REQUEST = ("request_id", "split", "fit", "as_of", "item_id", "incoming_rank", "prior_score", "prior_gap", "grade")
+REQUEST = ("request_id", "split", "night", "fit", "as_of", "item_id", "incoming_rank", "prior_score", "prior_gap", "grade")
 
 
-def with_features(ctx: Context, candidates: DataFrame) -> DataFrame:
-    """Candidates (one row a request) -> `candidate_features` (one row a candidate of a request)."""
-    crossed = _with_pairs(ctx, _with_similarity(ctx, _with_catalogue(ctx, cross(candidates))))
+def with_features(ctx: Context, candidates: DataFrame, pairs: DataFrame | None = None, stats: DataFrame | None = None) -> DataFrame:
+    """Candidates (one row a request) -> `candidate_features` (one row a candidate of a request).
+
+    `pairs`, `stats`: evidence in the form of `item_pairs` and `item_stats`, where it is not that of the fits that these tables hold.
+    """
+    pairs = read(ctx, "item_pairs") if pairs is None else pairs
+    stats = read(ctx, "item_stats") if stats is None else stats
+    crossed = _with_pairs(pairs, _with_similarity(ctx, _with_catalogue(ctx, cross(candidates))))
     gathered = crossed.groupBy(*REQUEST).agg(*_aggregates())
-    stats = read(ctx, "item_stats").select("fit", "item_id", "count", "recent", "last_date")
+    stats = stats.select("fit", "item_id", "count", "recent", "last_date")
     price = read(ctx, "items").select("item_id", "price")
     known = gathered.join(F.broadcast(stats), on=["fit", "item_id"], how="left").join(F.broadcast(price), on="item_id", how="left")
     ratio = F.try_divide("price", F.try_divide("history_price", "history_prices"))
@@ -49,6 +54,7 @@ def cross(candidates: DataFrame) -> DataFrame:
     listed = candidates.select(
         "request_id",
         "split",
+        "night",
         "fit",
         "as_of",
         F.slice(F.reverse("history_ids"), 1, LOOKBACK).alias("history"),
@@ -58,6 +64,7 @@ def cross(candidates: DataFrame) -> DataFrame:
     return listed.select(
         "request_id",
         "split",
+        "night",
         "fit",
         "as_of",
         F.col("candidate.candidate_ids").alias("item_id"),
@@ -112,9 +119,9 @@ def _similarities(shared: object) -> Callable[[Iterator[pa.RecordBatch]], Iterat
     return add
 
 
-def _with_pairs(ctx: Context, crossed: DataFrame) -> DataFrame:
+def _with_pairs(pairs: DataFrame, crossed: DataFrame) -> DataFrame:
     """Adds what the fitted pair (history item -> candidate) says; null where there is no such pair."""
-    pairs = read(ctx, "item_pairs").select(
+    known = pairs.select(
         "fit",
         F.col("item_id").alias("history_item"),
         F.col("next_item_id").alias("item_id"),
@@ -123,7 +130,7 @@ def _with_pairs(ctx: Context, crossed: DataFrame) -> DataFrame:
         "lift",
         "median_gap_days",
     )
-    return crossed.join(pairs, on=["fit", "history_item", "item_id"], how="left")
+    return crossed.join(known, on=["fit", "history_item", "item_id"], how="left")
 
 
 def _aggregates() -> list[Column]:

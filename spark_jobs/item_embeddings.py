@@ -4,8 +4,8 @@ Reads    `items` (text), `item_pairs` of fit `train` (so nothing of a later spli
 Writes   `item_embeddings`: one item and model; key item_id, model. Models: `tfidf_svd` (or the encoder's name) and `pairs_svd`, each
          one partition, replaced whole. Model folder `embedder`: the fitted projection.
 Rerun    seeded, rows in order of item id, signs of singular vectors fixed: equal input gives equal vectors. With
-         `embeddings.frozen` a projection that was fitted under the same settings is used again, so that new items land in
-         the space that the tokenizer knows.
+         `embeddings.frozen`, and at night (--date), a projection that was fitted under the same settings is used again, so
+         that new items land in the space that the tokenizer knows.
 
     gr2 stage item_embeddings --profile demo
 """
@@ -58,9 +58,9 @@ def rows(ids: list[str], model: str, vectors_ND: Floats) -> pa.Table:
 def _embedder(cfg: Config, ctx: Context, ids: list[str], texts: list[str], linked: tuple[list[str], list[str], Any]) -> Embedder:
     """The projection: the one that is there, if it is frozen and was fitted under the same settings; else a new one."""
     wanted = {**cfg.embeddings.model_dump(mode="json", exclude={"frozen", "collaborative_weight"}), "seed": cfg.seed}
-    if cfg.embeddings.frozen:
+    if cfg.embeddings.frozen or ctx.date:
         try:
-            current = artifacts.resolve(ctx.root, "embedder", "item_embeddings")
+            current = ctx.model("embedder", "item_embeddings")
             if current.manifest["settings"] == wanted:
                 ctx.log(f"item vectors: keeping the frozen projection {current.id}")
                 return Embedder.load(current.path)

@@ -1,7 +1,7 @@
 """A table that an older contract made, brought up to the contract of today (DESIGN contract 16).
 
-Columns that may be null are added; anything else (another type, another layout, a column that is gone) needs the table to be replaced whole,
-in the one commit that also brings the rows: until then readers see the old table. Rows of insert-only tables are never rewritten.
+Columns that may be null are added; anything else (another type, another layout, a column that is gone) needs the table to be replaced
+whole, in the one commit that also brings the rows: until then readers see the old table. Rows of insert-only tables are never rewritten.
 """
 
 from collections.abc import Collection

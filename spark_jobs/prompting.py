@@ -23,17 +23,18 @@ from gr2.prompts import Candidate, HistoryItem, Mode, Template, View, load_templ
 from scoring.engine import seed_of
 from scoring.model import encode_all, prompt_text
 
-LABELLING = ("request_id", "split", "item_id", "grade")  # columns of candidate_features that are no evidence
-REQUEST = ("request_id", "split", "user_id", "fit", "as_of", "history_ids", "history_days", "candidate_ids", "grades")
+LABELLING = ("request_id", "split", "night", "item_id", "grade")  # columns of candidate_features that are no evidence
+REQUEST = ("request_id", "split", "user_id", "fit", "as_of", "history_ids", "history_days", "candidate_ids", "grades", "night")
 FEATURES = tuple(name for name in schemas.get("candidate_features").names() if name not in LABELLING)
 
 
 class Requests:
     """The requests of a split with their evidence. Python objects are made one request at a time, so a split of any length fits."""
 
-    def __init__(self, ctx: Context, cfg: Config, split: str, request_ids: Collection[str] | None = None) -> None:
-        requests = ctx.lake.read("candidates", [*REQUEST, "target_id", "target_rank", "slice"], order_by=["request_id"], split=split)
-        features = ctx.lake.read("candidate_features", order_by=["request_id", "incoming_rank"], split=split)
+    def __init__(self, ctx: Context, cfg: Config, split: str, request_ids: Collection[str] | None = None, night: str = "none") -> None:
+        part = {"split": split, "night": night}
+        requests = ctx.lake.read("candidates", [*REQUEST, "target_id", "target_rank", "slice"], order_by=["request_id"], **part)
+        features = ctx.lake.read("candidate_features", order_by=["request_id", "incoming_rank"], **part)
         if request_ids is not None:
             wanted = pa.array(sorted(request_ids), pa.string())
             requests, features = (t.filter(pc.is_in(t["request_id"].cast(pa.string()), value_set=wanted)) for t in (requests, features))
@@ -84,10 +85,13 @@ class Requests:
 
 
 def views(
-    ctx: Context, cfg: Config, split: str, request_ids: Collection[str] | None = None, replicas: Sequence[int] = (0,)
+    ctx: Context, cfg: Config, split: str, request_ids: Collection[str] | None = None, replicas: Sequence[int] = (0,), night: str = "none"
 ) -> Iterator[tuple[dict[str, Any], View]]:
-    """(row of `candidates` with `replica`, view) of a split's requests, or of those named. Raises MissingInputError, AuditError."""
-    return Requests(ctx, cfg, split, request_ids).views(replicas)
+    """(row of `candidates` with `replica`, view) of a split's requests, or of those named; of a night's, for split live.
+
+    Raises MissingInputError, AuditError.
+    """
+    return Requests(ctx, cfg, split, request_ids, night).views(replicas)
 
 
 def render_texts(

@@ -9,7 +9,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ from validation import suites
 if TYPE_CHECKING:
     from spark_jobs.increments import Built
 
-Partition = dict[str, str | Collection[str]]  # column -> its value, or its values
+Partition = Mapping[str, str | Collection[str]]  # column -> its value, or its values
 PROPERTIES = {  # keep tables readable by delta-rs, DuckDB and Polars
     "delta.enableDeletionVectors": "false",
     "delta.checkpointInterval": "20",
@@ -44,7 +44,7 @@ class Overtaken(GR2Error):
 
 
 def reached(point: str, name: str) -> None:
-    """The named points of a publish, in order: begun, staged, audited, committed, cleaned. Tests kill a job at them, or hold it there."""
+    """The named points of a publish: begun, staged, audited, committed, cleaned. Tests kill a job at them, or hold it there."""
 
 
 def publish(ctx: Context, name: str, frame: DataFrame, partition: Partition | None = None, built: "Built | None" = None) -> int:
@@ -85,7 +85,7 @@ def _told(partition: Partition | None) -> str:
 
 
 def properties(table: Table) -> dict[str, str]:
-    """Delta's properties of a table: those of all, the change feed where nights follow it, statistics of the columns that one filters by."""
+    """Delta's properties of a table: those of all, the change feed where nights follow it, statistics of columns to filter by."""
     bare = [c for c in table.columns if not pa.types.is_nested(c.type) and not pa.types.is_boolean(c.type)]
     kept = [c.name for c in bare if not c.long and c.name not in table.partition_by]
     own = {"gr2.version": table.version, "delta.dataSkippingStatsColumns": ",".join(kept)}
@@ -171,13 +171,7 @@ def _ensure(ctx: Context, table: Table, whole: bool) -> tuple[DeltaTable, bool]:
 
 
 def _replace(
-    ctx: Context,
-    table: Table,
-    written: DataFrame,
-    where: str | None,
-    observed: dict[str, float],
-    built: "Built | None",
-    reshaped: bool,
+    ctx: Context, table: Table, written: DataFrame, where: str | None, observed: dict[str, float], built: "Built | None", reshaped: bool
 ) -> None:
     path = str(ctx.table_path(table.name))
     writer = written.write.format("delta").mode("overwrite")

@@ -20,6 +20,7 @@ from gr2.config import Config
 from gr2.context import Context, Result
 from gr2.errors import AuditError, InputError
 from gr2.pipeline import STAGES, read_record
+from spark_jobs.increments import Built, until_settled
 from spark_jobs.publish import publish
 from spark_jobs.session import frame_of
 
@@ -30,12 +31,20 @@ def run(cfg: Config, ctx: Context) -> Result:
     if failed:
         raise AuditError(f"not promoted: {len(failed)} failed audit(s), first {failed[0]}")
     records = stage_rows(ctx)
-    publish(ctx, "stage_runs", frame_of(ctx, _table("stage_runs", records)))
-    release = _release(cfg, ctx)
-    there = ctx.lake.read("releases").to_pylist() if ctx.lake.exists("releases") else []
-    publish(ctx, "releases", frame_of(ctx, _table("releases", succeeded(there, release, cfg.maintenance.keep_releases))))
+    publish(ctx, "stage_runs", frame_of(ctx, _table("stage_runs", records)), {"run_id": ctx.run_id})
+    return until_settled(ctx, lambda: _promote(cfg, ctx, len(records)))
+
+
+def _promote(cfg: Config, ctx: Context, records: int) -> Result:
+    """Puts the release on top of those that are there; another run that does the same is never overwritten."""
+    base = ctx.lake.version("releases") if ctx.lake.exists("releases") else -1
+    there = ctx.lake.read("releases").to_pylist() if base >= 0 else []
+    release = _release(cfg, ctx, next((json.loads(r["pins"]) for r in there if r["status"] == "promoted"), {}))
+    rows = succeeded(there, release, cfg.maintenance.keep_releases)
+    built = Built("audits", ctx.lake.version("audits"), {"release_id": release["release_id"]}, base)
+    publish(ctx, "releases", frame_of(ctx, _table("releases", rows)), built=built)
     ctx.log(f"release {release['release_id']} is promoted")
-    return Result(rows_in=len(records), rows_out=1, detail={"release_id": release["release_id"]})
+    return Result(rows_in=records, rows_out=1, detail={"release_id": release["release_id"]})
 
 
 def succeeded(there: list[dict[str, Any]], release: dict[str, Any], keep: int) -> list[dict[str, Any]]:
@@ -86,8 +95,13 @@ def manage(ctx: Context, action: str, release_id: str) -> None:
         print(f"{row['release_id']}  {row['status']:10}  {row['profile']:10}  {row['promoted_at']:%Y-%m-%d %H:%M}  {row['run_id']}")
 
 
-def _release(cfg: Config, ctx: Context) -> dict[str, Any]:
-    pins = {**ctx.pins, "tables": {k: v for k, v in ctx.pins.get("tables", {}).items() if k not in ("releases", "stage_runs")}}
+def _release(cfg: Config, ctx: Context, promoted: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The draft as a release. Tables that another run published since are as that left them; a night's models are the promoted ones."""
+    tables = dict(ctx.pins.get("tables", {}))
+    for name, version in promoted.get("tables", {}).items():
+        tables[name] = max(version, tables.get(name, -1))
+    kept = {k: v for k, v in tables.items() if k not in ("releases", "stage_runs")}
+    pins = {**(promoted if ctx.date else {}), **ctx.pins, "tables": kept}
     content = {
         "pins": json.dumps(pins, sort_keys=True),
         "code": _commit(),

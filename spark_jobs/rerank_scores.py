@@ -2,15 +2,16 @@
 
 Reads: `candidates`, `candidate_features`, `items`, `semantic_ids`, and those of scoring.models that exist (at least one).
 Writes: `rerank_scores` (one request, model, mode and replica; key of these four), insert-only.
-Scored are the requests of scoring.splits with something relevant in the list, a seeded sample of the others (scoring.miss_sample: no
-order of them can score), and a seeded sample in further replicas for the position audit.
+Scored are, without --date, the requests of scoring.splits with something relevant in the list, a seeded sample of the others
+(scoring.miss_sample: no order of them can score), and a seeded sample in further replicas for the position audit; with --date the night's
+lists, by the released versions of scoring.live.
 A rerun is harmless: what the table holds is not asked again; decoding is greedy. What was generated is written once, then parsed,
 audited, published. A request that cannot be read or answered is a row with the failure's name.
 
 Modes: think and direct generate; score orders by the labels' log-probabilities at the first answer position, less the label's prior
 (its mean over all scored requests of the model: what the label's name alone is worth).
 
-    gr2 stage rerank_scores --profile P
+    gr2 stage rerank_scores --profile P [--date 2026-01-05]
 """
 
 import hashlib
@@ -47,7 +48,7 @@ UNREADABLE, ENGINE = "prompt_too_long", "engine_error"
 ASKED = pa.schema(
     [
         ("request_id", STRING), ("model_id", STRING), ("model", STRING), ("mode", STRING), ("replica", INT), ("split", STRING),
-        ("path", STRING), ("prompt", STRING), ("prompt_hash", STRING), ("max_tokens", INT),
+        ("night", STRING), ("path", STRING), ("prompt", STRING), ("prompt_hash", STRING), ("max_tokens", INT),
         ("candidates", list_of(STRING)), ("labels", list_of(STRING)), ("shown", list_of(INT)),
     ]
 )  # fmt: skip
@@ -99,14 +100,20 @@ def run(cfg: Config, ctx: Context) -> Result:
 
 
 def scored_models(cfg: Config, ctx: Context) -> list[Artifact]:
-    """The configured models that exist. Raises MissingInputError if there is none."""
+    """The configured models that exist: of a night the released versions. Raises MissingInputError if there is none."""
     there = set(artifacts.names(ctx.root))
-    if missing := [name for name in cfg.scoring.models if name not in there]:
+    wanted = modes_of(cfg, ctx)
+    if missing := [name for name in wanted if name not in there]:
         ctx.log(f"rerank_scores: not trained, so not scored: {', '.join(missing)}")
-    models = [ctx.model(name, "sft") for name in cfg.scoring.models if name in there]
+    models = [ctx.model(name, "sft") for name in wanted if name in there]
     if not models:
-        raise MissingInputError(f"none of the models {', '.join(cfg.scoring.models)} exists under {ctx.root}: run `gr2 stage sft` first")
+        raise MissingInputError(f"none of the models {', '.join(wanted)} exists under {ctx.root}: run `gr2 stage sft` first")
     return models
+
+
+def modes_of(cfg: Config, ctx: Context) -> dict[str, tuple[Mode, ...]]:
+    """Model -> modes in which it answers: those of the experiment, or of a night."""
+    return dict(cfg.scoring.live if ctx.date else cfg.scoring.models)
 
 
 def chosen(cfg: Config, ctx: Context, split: str) -> tuple[list[str], list[str]]:
@@ -125,10 +132,11 @@ def asks(cfg: Config, ctx: Context, models: list[Artifact]) -> pa.Table:
     known = _known(ctx, models)
     renderers = _renderers(cfg, models)
     parts = [ASKED.empty_table()]
-    for split in cfg.scoring.splits:
+    modes = modes_of(cfg, ctx)
+    for split in ("live",) if ctx.date else cfg.scoring.splits:
         for part in _chunks(_shown(cfg, ctx, split)):
             for model in models:
-                for mode in cfg.scoring.models[model.name]:
+                for mode in modes[model.name]:
                     texts = renderers[model.name](part, mode)
                     rows = [_ask(cfg, model, mode, row, view, text) for (row, view), text in zip(part, texts, strict=True)]
                     parts.append(pa.Table.from_pylist([r for r in rows if tuple(r[k] for k in KEY) not in known], schema=ASKED))
@@ -139,6 +147,9 @@ Shown = tuple[dict[str, Any], View]
 
 
 def _shown(cfg: Config, ctx: Context, split: str) -> Iterator[Shown]:
+    if ctx.date:
+        yield from views(ctx, cfg, split, night=str(ctx.date))
+        return
     scored, audited = chosen(cfg, ctx, split)
     once = tuple(range(cfg.scoring.replicas))
     again = tuple(range(cfg.scoring.replicas, cfg.scoring.audit_replicas))
@@ -197,6 +208,7 @@ def _ask(cfg: Config, model: Artifact, mode: Mode, row: dict[str, Any], view: Vi
         "mode": mode,
         "replica": row["replica"],
         "split": row["split"],
+        "night": row["night"],
         "path": str(model.path),
         "prompt": prompt,
         "prompt_hash": prompt_hash(template_of(cfg.prompt), prompt),
@@ -210,7 +222,7 @@ def _ask(cfg: Config, model: Artifact, mode: Mode, row: dict[str, Any], view: Vi
 def _known(ctx: Context, models: list[Artifact]) -> set[tuple[Any, ...]]:
     if not ctx.lake.exists("rerank_scores"):
         return set()
-    table = ctx.lake.read("rerank_scores", list(KEY), model_id=[m.id for m in models])
+    table = ctx.lake.read("rerank_scores", list(KEY), model_id=[m.id for m in models], night=str(ctx.date or "none"))
     return set(zip(*(table[k].to_pylist() for k in KEY), strict=True))
 
 
@@ -286,14 +298,18 @@ def _failed(error: str) -> dict[str, Any]:
 
 
 def label_priors(ctx: Context, answered: pa.Table) -> dict[str, dict[str, float]]:
-    """Model -> label -> mean log-probability over every scored request, those of earlier runs included."""
+    """Model -> label -> mean log-probability over every scored request of the experiment, those of earlier runs included.
+
+    A night's answers are judged by the experiment's means, so that the order of nights does not matter; where there are none, by its own.
+    """
     sums: dict[str, dict[str, list[float]]] = {}
-    tables = [answered.rename_columns(["model_id", "mode", "labels", "logprobs"])]
+    tables = [answered]
     ids = answered["model_id"].unique().to_pylist()
     if ctx.lake.exists("rerank_scores"):
         columns = ["model_id", "mode", "labels", "label_logprobs"]
-        order = ["request_id", "replica"]
-        tables.append(ctx.lake.read("rerank_scores", columns, order, model_id=ids, mode="score").rename_columns(answered.column_names))
+        part = {"model_id": ids, "mode": "score", "night": "none"}
+        earlier = ctx.lake.read("rerank_scores", columns, ["request_id", "replica"], **part).rename_columns(answered.column_names)
+        tables = [earlier] if ctx.date and earlier.num_rows else [answered, earlier]
     for table in tables:
         for row in table.to_pylist():
             if row["mode"] == "score" and row["logprobs"] is not None:

@@ -4,7 +4,8 @@ Reads    `item_embeddings` (text, and pairs of the pretrain split only: no vecto
          `train` if tokenizer.contrastive is on.
 Writes   the model folder `tokenizer`: codebooks, encoder, decoder (safetensors), config.json, fitted_items.json, metrics.jsonl.
 Rerun    seeded throughout: equal vectors and settings give an equal folder, whose hash names the version. With
-         `embeddings.frozen` a tokenizer that was fitted under the same settings is kept: nightly runs only add items to it.
+         `embeddings.frozen`, and at night (--date), a tokenizer that was fitted under the same settings is kept: nights
+         only add items to it.
 
     gr2 stage tokenizer --profile demo
 """
@@ -29,7 +30,7 @@ PAIRS = "pairs_svd"
 def run(cfg: Config, ctx: Context) -> Result:
     """Fits and publishes the tokenizer."""
     settings = settings_of(cfg)
-    if cfg.embeddings.frozen and (kept := _kept(ctx, settings)):
+    if (cfg.embeddings.frozen or ctx.date) and (kept := _kept(ctx, settings)):
         ctx.log(f"tokenizer: keeping the frozen {kept.id}")
         return Result(detail={"tokenizer": kept.id, "kept": True})
     ids, vectors_NV = item_vectors(ctx, cfg.embeddings)

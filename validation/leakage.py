@@ -77,7 +77,7 @@ CHECKS: dict[str, tuple[tuple[str, ...], str, str]] = {
     ),
     "request_fit": (
         ("candidates",),
-        "SELECT count(*) FROM candidates WHERE fit = 'refit' AND split <> 'test'",
+        "SELECT count(*) FROM candidates WHERE (fit = 'refit' AND split <> 'test') OR (fit = 'live') <> (split = 'live')",
         "a request to train or pick on was answered by a fit that saw its target's split",
     ),
     "history_before_target": (
@@ -86,7 +86,7 @@ CHECKS: dict[str, tuple[tuple[str, ...], str, str]] = {
         WITH target AS (
             SELECT c.request_id, c.user_id, c.history_ids, max(i.ordinal) AS ordinal
             FROM candidates c LEFT JOIN interactions i ON i.user_id = c.user_id AND i.item_id = c.target_id AND i.split = c.split
-            WHERE c.source = 'beam' GROUP BY ALL),
+            WHERE c.source = 'beam' AND c.split <> 'live' GROUP BY ALL),
         shown AS (SELECT request_id, user_id, ordinal, unnest(history_ids) AS item_id FROM target)
         SELECT (SELECT count(*) FROM target WHERE ordinal IS NULL) + (
             SELECT count(*) FROM shown s
@@ -95,12 +95,21 @@ CHECKS: dict[str, tuple[tuple[str, ...], str, str]] = {
         """,
         "a history item does not lie before the target",
     ),
+    "history_before_night": (
+        ("candidates", "interactions"),
+        """
+        WITH shown AS (SELECT user_id, as_of, unnest(history_ids) AS item_id FROM candidates WHERE split = 'live'),
+        first AS (SELECT user_id, item_id, min(event_date) AS day FROM interactions GROUP BY ALL)
+        SELECT count(*) FROM shown s LEFT JOIN first f USING (user_id, item_id) WHERE f.day IS NULL OR f.day >= s.as_of
+        """,
+        "a night's list was made from something that the user did later",
+    ),
     "features_of_the_fit": (
         ("candidates", "candidate_features", "item_stats"),
         """
         SELECT count(*) FROM candidate_features f JOIN candidates c USING (request_id)
             LEFT JOIN item_stats s ON s.fit = c.fit AND s.item_id = f.item_id
-        WHERE abs(f.popularity - ln(1 + coalesce(s.count, 0))) > 1e-6
+        WHERE f.split <> 'live' AND abs(f.popularity - ln(1 + coalesce(s.count, 0))) > 1e-6
         """,
         "a candidate's popularity is not that of its request's fit",
     ),

