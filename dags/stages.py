@@ -1,65 +1,112 @@
 """Tasks for the DAGs: each calls one `gr2 stage` in a process of its own. Nothing heavy is imported here or in a worker."""
 
+import datetime as dt
+import logging
+import os
 import re
 import subprocess
 import sys
 from typing import Any
 
-from airflow.exceptions import AirflowException
-from airflow.sdk import Param, task
+from airflow.exceptions import AirflowException, AirflowFailException
+from airflow.sdk import Asset, Param, task
 
 from gr2 import PROJECT
-from gr2.pipeline import STAGES, Stage
+from gr2.errors import AuditError, ConfigError, InputError, MissingInputError, ModelError
+from gr2.pipeline import Stage, flow
 
 # key=value, in an alphabet that no shell or template reads; where things lie is the operator's to say, not a run's
-SETTING = r"^(?!paths\.|data\.path|models\.)[a-z_]+(\.[a-z0-9_]+)*=[^\s'\"`$;|&<>{}]*$"
-PARAMS = {
-    "profile": Param("demo", type="string", pattern="^[a-z0-9_]{1,40}$", description="A profile: a file in conf/."),
-    "date": Param(
-        "all", type="string", pattern=r"^(all|run|\d{4}-\d{2}-\d{2})$", description="all: what there is; run: the run's day; or a day."
-    ),
-    "settings": Param([], type="array", items={"type": "string", "pattern": SETTING, "maxLength": 200}, maxItems=20),
-}
+SETTING = r"^(?!paths\.|data\.path|models\.)[a-z_]+(\.[a-z0-9_+-]+)*=[^\s'\"`$;|&<>{}]*$"
+DAY = r"\d{4}-\d{2}-\d{2}"
+PROFILE = Param("demo", type="string", pattern="^[a-z0-9_]{1,40}$", description="A profile: a file in conf/.")
+SETTINGS = Param(
+    [], type="array", items={"type": "string", "pattern": SETTING, "maxLength": 200}, maxItems=20, description="As --set: key=value."
+)
+DEFAULTS = {"retries": 2, "retry_delay": dt.timedelta(minutes=1), "retry_exponential_backoff": True}
+GPU_POOL = "gpu"  # one slot a GPU (or one, where there is none): `gr2 airflow` makes it
+LISTS = Asset("gr2://nightly/lists")  # a night's re-scored lists
+WANTED = Asset("gr2://retrain/wanted")  # drift, or a person, asks for new models
+RELEASE = Asset("gr2://release")  # new models were promoted
+HOPELESS = {e.exit_code: e.__name__ for e in (ConfigError, InputError, AuditError, MissingInputError, ModelError)}  # again gives the same
 
 
-def command(stage: str, profile: str, date: str, settings: list[str]) -> list[str]:
+def command(stage: str, profile: str, date: str | None, settings: list[str]) -> list[str]:
     """Arguments of one `gr2 stage` call, never a shell line. Values are checked again: a run's configuration is user input."""
     for item in settings:
         if not re.fullmatch(SETTING, item):
-            raise AirflowException(f"settings: {item!r} is not key=value")
+            raise AirflowFailException(f"settings: {item!r} is not key=value")
     words = [sys.executable, "-m", "gr2", "stage", stage, "--profile", profile]
-    if date != "all":
+    if date:
         words += ["--date", date]
     for item in settings:
         words += ["--set", item]
     return words
 
 
-def stage_task(stage: Stage) -> Any:
-    """A task that runs one stage; its failure carries the stage's last lines."""
+def call(stage: str, profile: str, date: str | None, settings: list[str]) -> str:
+    """Runs one stage to its end, its log into the task's; returns the last line.
 
-    @task(task_id=stage.name, doc_md=f"`gr2 stage {stage.name}` reads {', '.join(stage.reads + stage.uses) or 'raw files'}.")
+    Raises AirflowFailException with the stage's reason where trying again would end alike, AirflowException where it may not.
+    """
+    words = command(stage, profile, date, settings)
+    process = subprocess.Popen(words, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    lines: list[str] = []
+    for line in process.stdout or []:
+        print(line, end="")
+        lines = [*lines, line.strip()][-20:]
+    code = process.wait()
+    reason = next((line for line in reversed(lines) if re.match(r"\w+(Error|Problem|Failed|Overtaken): ", line)), "; ".join(lines[-3:]))
+    if code in HOPELESS:
+        raise AirflowFailException(f"stage {stage}: {reason}")
+    if code:
+        raise AirflowException(f"stage {stage} ended with code {code}: {reason}")
+    return lines[-1] if lines else ""
+
+
+def tell(context: Any) -> None:
+    """Failure callback: one line with the reason, to the log and to the webhook of AIRFLOW_CONN_GR2_ALERTS, if there is one."""
+    instance, reason = context["task_instance"], context.get("exception")
+    line = f"{instance.dag_id} {instance.run_id}: {instance.task_id} failed: {reason}"
+    logging.getLogger("gr2").error(line)
+    if url := os.environ.get("AIRFLOW_CONN_GR2_ALERTS"):
+        import json
+        import urllib.request
+
+        request = urllib.request.Request(url, json.dumps({"text": line}).encode(), {"Content-Type": "application/json"})
+        try:
+            urllib.request.urlopen(request, timeout=10).close()
+        except OSError as error:  # an alert that cannot be sent must not hide what it was about
+            logging.getLogger("gr2").warning("the alert could not be sent: %s", type(error).__name__)
+
+
+def stage_task(stage: Stage, of_day: bool, outlets: list[Asset] | None = None) -> Any:
+    """A task that runs one stage for the run's profile (and its day)."""
+
+    @task(
+        task_id=stage.name,
+        doc_md=f"`gr2 stage {stage.name}` reads {', '.join(stage.reads + stage.uses) or 'raw files'}.",
+        pool=GPU_POOL if stage.gpu else "default_pool",
+        outlets=outlets or [],
+        on_failure_callback=tell,
+    )
     def run_stage(params: dict[str, Any] | None = None, ds: str | None = None) -> str:
         chosen = params or {}
-        date = ds if chosen["date"] == "run" else chosen["date"]
-        words = command(stage.name, chosen["profile"], str(date), list(chosen["settings"]))
-        process = subprocess.Popen(words, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        lines: list[str] = []
-        for line in process.stdout or []:
-            print(line, end="")
-            lines = [*lines, line][-20:]
-        if process.wait():
-            raise AirflowException(f"stage {stage.name} ended with code {process.returncode}: {''.join(lines)}")
-        return lines[-1].strip() if lines else ""
+        date = None if not of_day else ds if chosen["date"] == "run" else chosen["date"]
+        if of_day and not date:
+            raise AirflowFailException("this run has no logical date: say the day, {'date': 'YYYY-MM-DD'}")
+        return call(stage.name, chosen["profile"], date, list(chosen["settings"]))
 
     return run_stage()
 
 
-def chain_by_tables() -> None:
-    """Declares a task for each stage, after those that write what it reads."""
-    made_by: dict[str, Any] = {}
-    for stage in STAGES:
-        current = stage_task(stage)
-        for upstream in {id(made_by[name]): made_by[name] for name in (*stage.reads, *stage.uses) if name in made_by}.values():
+def chain_by_tables(name: str, outlets: dict[str, list[Asset]] | None = None) -> dict[str, Any]:
+    """Declares a task for each stage of a flow, after those that write what it reads."""
+    made_by: dict[str, list[Any]] = {}
+    tasks = {}
+    for stage in flow(name):
+        current = tasks[stage.name] = stage_task(stage, name == "night", (outlets or {}).get(stage.name))
+        for upstream in {id(t): t for table in (*stage.reads, *stage.uses) for t in made_by.get(table, [])}.values():
             upstream >> current
-        made_by.update(dict.fromkeys((*stage.writes, *stage.makes), current))
+        for table in (*stage.writes, *stage.makes):
+            made_by.setdefault(table, []).append(current)
+    return tasks

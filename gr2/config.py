@@ -350,6 +350,16 @@ class Evaluation(Section):
     max_invalid_rate: Share = 1.0
 
 
+class Release(Section):
+    """What new models must show before they are promoted over those that are out (`validation/gate.py`)."""
+
+    gate: bool = True
+    metric: Literal["recall@1", "recall@3", "recall@5", "ndcg@3", "ndcg@5", "ndcg@10", "mrr"] = "ndcg@3"
+    min_gain: float = 0.0  # of the mean over requests
+    min_requests: Positive = 50  # that both systems answered
+    requests: Positive = 400  # seeded sample of the validation requests, scored for this
+
+
 class Drift(Section):
     """Stability indices of a night, held against the days before (`drift`)."""
 
@@ -390,6 +400,7 @@ class Config(Section):
     distill: Distill = Distill()
     scoring: Scoring = Scoring()
     evaluation: Evaluation = Evaluation()
+    release: Release = Release()
     drift: Drift = Drift()
     maintenance: Maintenance = Maintenance()
 

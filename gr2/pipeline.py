@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from gr2 import PROJECT, artifacts
+from gr2 import PROJECT, artifacts, lineage
 from gr2.config import Config, Training
 from gr2.context import Context, Result, result_json
 from gr2.errors import ConfigError, MissingInputError
@@ -31,6 +31,11 @@ class Stage:
     uses: tuple[str, ...] = ()  # models read
     makes: tuple[str, ...] = ()  # models written
     flows: tuple[str, ...] = ("build",)  # build: everything, without --date; night: what a day adds, with --date
+
+    @property
+    def gpu(self) -> bool:
+        """Whether it trains, or asks a model: a scheduler has as many slots for it as there are GPUs."""
+        return self.trains or self.name in ("candidates", "reasoning_traces", "distill_examples", "item_latents", "rerank_scores")
 
     @property
     def trains(self) -> bool:
@@ -139,7 +144,7 @@ STAGES = (
     Stage(
         "rerank_scores",
         "spark_jobs.rerank_scores",
-        ("scoring", "prompt"),
+        ("scoring", "prompt", "release"),
         ("candidates", "candidate_features", "items", "semantic_ids"),
         ("rerank_scores",),
         ("sft", "rl", "opd", "opd+rl", "fast"),
@@ -162,7 +167,12 @@ STAGES = (
         ("metrics", "audits"),
     ),
     Stage(
-        "release", "spark_jobs.release", ("maintenance",), ("metrics", "audits", "rerank_scores"), ("releases", "stage_runs"), flows=BOTH
+        "release",
+        "spark_jobs.release",
+        ("maintenance", "release"),
+        ("metrics", "audits", "rerank_scores"),
+        ("releases", "stage_runs"),
+        flows=BOTH,
     ),
     Stage("report", "spark_jobs.report", (), ("metrics", "audits", "releases", "stage_runs"), ()),
     Stage("maintenance", "spark_jobs.maintenance", ("maintenance",), ("releases",), (), flows=BOTH),
@@ -243,7 +253,8 @@ def processes(stage: Stage, cfg: Config) -> int:
 def execute(stage: Stage, cfg: Config, ctx: Context, print_: str) -> Result:
     """Runs a stage in this process and writes its record (the first process, where torchrun started several). GR2Errors pass through."""
     started = time.monotonic()
-    result: Result = importlib.import_module(stage.module).run(cfg, ctx)
+    with lineage.told(stage.name, ctx, stage.reads, stage.writes):
+        result: Result = importlib.import_module(stage.module).run(cfg, ctx)
     if os.environ.get("RANK", "0") != "0":
         return result
     write_record(

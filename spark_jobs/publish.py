@@ -139,15 +139,17 @@ def _audit(ctx: Context, table: Table, written: DataFrame, partition: Partition 
         raise AuditError(
             f"{table.name}: nothing published, {len(broken)} rule(s) broken: "
             + "; ".join(f"{r}: {observed[r]} rows" for r in broken)
-            + f"; such as {examples or 'see the staged rows'}; kept in {staged.relative_to(ctx.root)}"
+            + f"; such as {examples or 'see the staged rows'}; kept in {staged.relative_to(ctx.root)}; "
+            f"Data Docs: {(ctx.root / 'docs' / 'suites' / f'{table.name}.html').resolve().as_uri()}"
         )
     return observed
 
 
 def _ensure(ctx: Context, table: Table, whole: bool) -> tuple[DeltaTable, bool]:
-    """The Delta table, and whether its layout must be replaced; created by its contract if it is not there: comments, NOT NULL, laws as a CHECK constraint, properties.
+    """The Delta table, and whether its layout must be replaced.
 
-    One that an older contract made is brought up to this one (`migrations`); `whole`: all its rows are about to be replaced.
+    It is created by its contract if it is not there: comments, NOT NULL, laws as a CHECK constraint, properties. One that an older
+    contract made is brought up to this one (`migrations`); `whole`: all its rows are about to be replaced.
     """
     path = str(ctx.table_path(table.name))
     if not ctx.lake.exists(table.name):

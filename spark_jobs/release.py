@@ -1,7 +1,8 @@
 """Promotes the draft release: which table versions and models belong together (DESIGN contract 6).
 
 Reads the draft's pins and the stages' records; writes `stage_runs` (one run of one stage; run_id, stage) and `releases` (one
-release; release_id). A rerun with the same pins finds its release already promoted and changes nothing.
+release; release_id); how new models compare with those that are out goes into `audits`. A rerun with the same pins finds its
+release already promoted and changes nothing. A night promotes its tables with the models that are out.
 
     gr2 stage release --profile demo
 """
@@ -23,13 +24,20 @@ from gr2.pipeline import STAGES, read_record
 from spark_jobs.increments import Built, until_settled
 from spark_jobs.publish import publish
 from spark_jobs.session import frame_of
+from validation import gate
 
 
 def run(cfg: Config, ctx: Context) -> Result:
     """Publishes the stage records, then the release. Raises AuditError while an audit of this run stands failed."""
-    failed = ctx.lake.read("audits", ["audit", "subject"], run_id=ctx.run_id, passed=False).to_pylist()
-    if failed:
+    audits = ctx.lake.read("audits", ["audit", "subject", "stage"], run_id=ctx.run_id, passed=False).to_pylist()
+    if failed := [a for a in audits if a["stage"] != "release"]:  # a comparison that failed is made again
         raise AuditError(f"not promoted: {len(failed)} failed audit(s), first {failed[0]}")
+    if (found := None if ctx.date else gate.compare(cfg, ctx)) is not None:
+        ctx.log(f"release: {found['subject']}: {found['value']}, {found['detail']}")
+        row = {"run_id": ctx.run_id, "stage": "release", **found}
+        publish(ctx, "audits", frame_of(ctx, _table("audits", [row])), {"run_id": ctx.run_id, "stage": "release"})
+        if not found["passed"]:
+            raise AuditError(f"not promoted: {found['subject']}: {found['value']}, at least {found['low']} is asked ({found['detail']})")
     records = stage_rows(ctx)
     publish(ctx, "stage_runs", frame_of(ctx, _table("stage_runs", records)), {"run_id": ctx.run_id})
     return until_settled(ctx, lambda: _promote(cfg, ctx, len(records)))

@@ -4,7 +4,7 @@ Reads: `candidates`, `candidate_features`, `items`, `semantic_ids`, and those of
 Writes: `rerank_scores` (one request, model, mode and replica; key of these four), insert-only.
 Scored are, without --date, the requests of scoring.splits with something relevant in the list, a seeded sample of the others
 (scoring.miss_sample: no order of them can score), and a seeded sample in further replicas for the position audit; with --date the night's
-lists, by the released versions of scoring.live.
+lists, by the released versions of scoring.live. Unless release.gate is off, scoring.live also answers for a sample of validation lists.
 A rerun is harmless: what the table holds is not asked again; decoding is greedy. What was generated is written once, then parsed,
 audited, published. A request that cannot be read or answered is a row with the failure's name.
 
@@ -133,10 +133,13 @@ def asks(cfg: Config, ctx: Context, models: list[Artifact]) -> pa.Table:
     renderers = _renderers(cfg, models)
     parts = [ASKED.empty_table()]
     modes = modes_of(cfg, ctx)
-    for split in ("live",) if ctx.date else cfg.scoring.splits:
-        for part in _chunks(_shown(cfg, ctx, split)):
+    shown = [(_shown(cfg, ctx, split), modes) for split in (("live",) if ctx.date else cfg.scoring.splits)]
+    if not ctx.date and cfg.release.gate and "valid" not in cfg.scoring.splits:
+        shown.append((_gate_views(cfg, ctx), dict(cfg.scoring.live)))
+    for stream, asked in shown:
+        for part in _chunks(stream):
             for model in models:
-                for mode in modes[model.name]:
+                for mode in asked.get(model.name, ()):
                     texts = renderers[model.name](part, mode)
                     rows = [_ask(cfg, model, mode, row, view, text) for (row, view), text in zip(part, texts, strict=True)]
                     parts.append(pa.Table.from_pylist([r for r in rows if tuple(r[k] for k in KEY) not in known], schema=ASKED))
@@ -156,6 +159,14 @@ def _shown(cfg: Config, ctx: Context, split: str) -> Iterator[Shown]:
     yield from views(ctx, cfg, split, scored, once)
     if again and audited:
         yield from views(ctx, cfg, split, audited, again)
+
+
+def _gate_views(cfg: Config, ctx: Context) -> Iterator[Shown]:
+    """What `release` compares models by: those of a sample of the validation requests whose target is in the list."""
+    table = ctx.lake.read("candidates", ["request_id", "target_rank"], order_by=["request_id"], split="valid")
+    ranks = dict(zip(table["request_id"].to_pylist(), table["target_rank"].to_pylist(), strict=True))
+    drawn = sample(sorted(ranks), cfg.release.requests, cfg.seed, "gate")
+    return views(ctx, cfg, "valid", [r for r in drawn if ranks[r] is not None])
 
 
 def _chunks(stream: Iterator[Shown]) -> Iterator[list[Shown]]:

@@ -38,7 +38,10 @@ def rules(table: Table, partition: Mapping[str, str | Collection[str]] | None = 
 
 
 def validate(table: Table, observed: dict[str, Any], folder: Path) -> list[str]:
-    """Names of the broken rules, by the table's suite on the aggregates. The outcome is kept as JSON in `folder` for the Data Docs."""
+    """Names of the broken rules, by the table's suite on the aggregates.
+
+    The outcome is kept as JSON in `folder`, a broken one as a page of Data Docs too.
+    """
     import great_expectations as gx
     import pandas as pd
 
@@ -54,7 +57,14 @@ def validate(table: Table, observed: dict[str, Any], folder: Path) -> list[str]:
         outcome = batch.validate(gx.ExpectationSuite(name=f"{table.name}-{table.version}", expectations=expectations))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{table.name}.json").write_text(json.dumps(outcome.to_json_dict(), indent=1, default=str))
-    return [r.expectation_config.kwargs["column"] for r in outcome.results if not r.success]
+    broken = [r.expectation_config.kwargs["column"] for r in outcome.results if not r.success]
+    if broken:
+        from great_expectations.render.renderer import ValidationResultsPageRenderer
+        from great_expectations.render.view import DefaultJinjaPageView
+
+        page = DefaultJinjaPageView().render(ValidationResultsPageRenderer().render(outcome))
+        (folder / f"{table.name}.html").write_text(page)
+    return broken
 
 
 @cache

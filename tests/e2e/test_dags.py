@@ -1,6 +1,7 @@
 """The DAGs: they parse light, have one task a stage in the tables' order, and refuse parameters that could escape."""
 
 import copy
+import json
 import os
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import sys
 import pytest
 
 from gr2 import PROJECT
-from gr2.pipeline import STAGES
+from gr2.pipeline import flow
 
 pytestmark = pytest.mark.e2e
 
@@ -24,39 +25,130 @@ def airflow(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def nightly(airflow):
+def dags(airflow):
     from airflow.dag_processing.dagbag import DagBag
 
     bag = DagBag(dag_folder=str(PROJECT / "dags"))
     assert bag.import_errors == {}
-    return bag.dags["nightly"]
+    return bag.dags
 
 
-def test_one_task_a_stage_in_the_order_of_the_tables(nightly):
-    assert set(nightly.task_ids) == {s.name for s in STAGES}
-    for stage in STAGES:
-        upstream = nightly.get_task(stage.name).upstream_task_ids
-        for other in STAGES:
+@pytest.fixture(scope="module")
+def nightly(dags):
+    return dags["nightly"]
+
+
+def test_there_are_three_dags(dags):
+    assert set(dags) == {"nightly", "retrain", "backfill_rerank"}
+
+
+@pytest.mark.parametrize(("dag", "name", "more"), [("nightly", "night", {"drifted", "ask_for_retraining"}), ("retrain", "build", set())])
+def test_one_task_a_stage_in_the_order_of_the_tables(dags, dag, name, more):
+    stages = flow(name)
+    assert set(dags[dag].task_ids) == {s.name for s in stages} | more
+    for place, stage in enumerate(stages):
+        upstream = dags[dag].get_task(stage.name).upstream_task_ids
+        for other in stages[:place]:
             if set(other.writes) & set(stage.reads) or set(other.makes) & set(stage.uses):
                 assert other.name in upstream, f"{stage.name} must wait for {other.name}"
 
 
-def test_parsing_loads_neither_torch_nor_spark():
+def test_only_drift_of_a_real_night_asks_for_retraining(dags):
+    from types import SimpleNamespace
+
+    assert {a.name for a in dags["nightly"].get_task("ask_for_retraining").outlets} == {"gr2://retrain/wanted"}
+    assert [a.name for a in dags["retrain"].timetable.asset_condition.objects] == ["gr2://retrain/wanted"]
+    drifted = dags["nightly"].get_task("drifted").python_callable
+    said = "02:10:00 drift: retraining is called for: kinds of events: 0.312"
+    runs = {kind: SimpleNamespace(run_type=kind) for kind in ("scheduled", "manual", "backfill")}
+    assert [drifted(said, run) for run in runs.values()] == [True, True, False]
+    assert not drifted("02:10:00 drift: 8 subjects measured, none beyond 0.25", runs["scheduled"])
+
+
+def test_what_needs_a_gpu_waits_for_one(dags):
+    pools = {t.task_id: t.pool for t in dags["retrain"].tasks}
+    assert {pools[name] for name in ("rl", "sft", "rerank_scores", "reasoning_traces")} == {"gpu"}
+    assert {pools[name] for name in ("events", "evidence", "report")} == {"default_pool"}
+
+
+@pytest.mark.parametrize("module", ["nightly", "retrain", "backfill_rerank"])
+def test_a_dag_parses_in_a_second_and_loads_neither_torch_nor_spark(airflow, module):
     heavy = "('torch', 'pyspark', 'vllm', 'deepspeed', 'great_expectations', 'duckdb')"
-    code = f"import sys, dags.nightly; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, time, airflow.sdk, airflow.exceptions; t = time.process_time(); import dags.{module}; "
+    code += f"print(time.process_time() - t, [m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PROJECT, check=True)
-    assert done.stdout.strip().endswith("[]")
+    seconds, found = done.stdout.strip().splitlines()[-1].split(" ", 1)
+    assert found == "[]"
+    assert float(seconds) < 1
+
+
+def test_days_of_a_backfill(airflow):
+    from airflow.exceptions import AirflowFailException
+
+    from dags.backfill_rerank import days_of
+
+    assert days_of({"first": "run", "last": "run"}, "2026-01-05") == ["2026-01-05"]
+    assert days_of({"first": "2026-02-27", "last": "2026-03-01"}, None) == ["2026-02-27", "2026-02-28", "2026-03-01"]
+    for first, last, ds in (("run", "run", None), ("2026-03-02", "2026-03-01", None), ("2000-01-01", "2026-01-01", None)):
+        with pytest.raises(AirflowFailException):
+            days_of({"first": first, "last": last}, ds)
+
+
+def test_a_failing_stage_says_why_and_what_is_hopeless_is_not_tried_again(airflow, monkeypatch):
+    from airflow.exceptions import AirflowException, AirflowFailException
+
+    from dags import stages
+
+    with pytest.raises(AirflowFailException, match="no profile 'nowhere'"):
+        stages.call("events", "nowhere", None, [])
+    monkeypatch.setattr(stages, "command", lambda *_: [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"])
+    with pytest.raises(AirflowException, match="code -9") as caught:
+        stages.call("events", "demo", None, [])
+    assert not isinstance(caught.value, AirflowFailException), "a killed stage is tried again"
+
+
+def test_a_failure_is_told_to_the_webhook_and_an_unreachable_one_hides_nothing(airflow, monkeypatch, caplog):
+    import http.server
+    import threading
+    from types import SimpleNamespace
+
+    from dags.stages import tell
+
+    told = []
+
+    class Hook(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            told.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Hook)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    context = {
+        "task_instance": SimpleNamespace(dag_id="nightly", run_id="r1", task_id="events"),
+        "exception": ValueError("too many refused"),
+    }
+    monkeypatch.setenv("AIRFLOW_CONN_GR2_ALERTS", f"http://127.0.0.1:{server.server_port}/secret-token")
+    tell(context)
+    server.shutdown()
+    server.server_close()
+    tell(context)
+    assert told == [{"text": "nightly r1: events failed: too many refused"}]
+    assert "secret-token" not in caplog.text
 
 
 @pytest.mark.parametrize(
     "setting", ["a.b=$(rm -rf /)", "a.b=b;c", "a.b='b'", "nonsense", "a.b=b c", "a.b=`id`", "--profile=x", "paths.root=/", "data.path=/etc"]
 )
 def test_settings_that_could_escape_are_refused(airflow, setting):
-    from airflow.exceptions import AirflowException
+    from airflow.exceptions import AirflowFailException
 
     from dags.stages import command
 
-    with pytest.raises(AirflowException, match="key=value"):
+    with pytest.raises(AirflowFailException, match="key=value"):
         command("events", "demo", "all", [setting])
 
 
