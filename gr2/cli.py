@@ -212,17 +212,17 @@ def _require_machine(ctx: Context) -> None:
 
 @contextlib.contextmanager
 def _lock(ctx: Context) -> Iterator[None]:
-    """One `gr2 run` a root at a time: two would race for the same stage records."""
+    """One build a root at a time, and one run of each night: two would race for the same stage records."""
     import fcntl
 
-    path = ctx.root / "runs" / "lock"
+    path = ctx.runs / "lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ConfigError(
-                f"another `gr2 run` works under {ctx.root}: wait for it, or give this one its own --set paths.root=..."
+                f"another `gr2 run` works under {ctx.runs}: wait for it, or give this one its own --set paths.root=..."
             ) from None
         yield
 
@@ -255,7 +255,7 @@ def _summary(ctx: Context, rows: list[tuple[str, str, dict[str, object]]], secon
         figures = [record.get(column) or 0 for column in columns]
         table.add_row(name, status, *(f"{value:,.0f}" if value else "" for value in figures))
     console.print(table)
-    if ctx.lake.exists("metrics"):
+    if ctx.lake.exists("metrics") and not ctx.date:
         console.print(importlib.import_module("spark_jobs.evaluation").results_table(ctx))
-    if (ctx.root / "reports" / "index.html").exists():
+    if (ctx.root / "reports" / "index.html").exists() and not ctx.date:
         console.print(f"report: {ctx.root / 'reports' / 'index.html'}")

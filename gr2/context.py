@@ -112,19 +112,24 @@ class Context:
         """Adds a table's version or a model's hash to the draft release (DESIGN contract 6)."""
         self.pins = self._read_draft()
         self.pins.setdefault(kind, {})[name] = version
-        path = self._draft
+        path = self.runs / "draft.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}")
         temporary.write_text(json.dumps(self.pins, indent=1, sort_keys=True))
         os.replace(temporary, path)
 
     def _read_draft(self) -> dict[str, dict[str, Any]]:
-        return json.loads(self._draft.read_text()) if self._draft.exists() else {}
+        path = self.runs / "draft.json"
+        return json.loads(path.read_text()) if path.exists() else {}
 
     @property
-    def _draft(self) -> Path:
-        """A night's draft is its own: a retraining that is under way must not be released with it."""
-        return self.root / "runs" / (f"night-{self.date}" if self.date else "") / "draft.json"
+    def runs(self) -> Path:
+        """Folder of the draft release and the stages' records. A night has its own: what a build has under way is not its."""
+        return self.night_runs(self.date) if self.date else self.root / "runs"
+
+    def night_runs(self, night: dt.date) -> Path:
+        """The same folder of any night."""
+        return self.root / "runs" / f"night-{night}"
 
     # -- telling --------------------------------------------------------------------------------------------------
 

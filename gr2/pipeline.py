@@ -278,22 +278,17 @@ def execute(stage: Stage, cfg: Config, ctx: Context, print_: str) -> Result:
 
 def read_record(ctx: Context, stage: str) -> dict[str, Any]:
     """The last good run of a stage, or nothing."""
-    path = _record(ctx, stage)
+    path = ctx.runs / f"{stage}.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
 
 def write_record(ctx: Context, stage: str, record: dict[str, Any]) -> None:
     """Keeps a stage's last good run; written whole, then renamed."""
-    path = _record(ctx, stage)
+    path = ctx.runs / f"{stage}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}")
     temporary.write_text(json.dumps(record, indent=1, sort_keys=True, default=str))
     temporary.replace(path)
-
-
-def _record(ctx: Context, stage: str) -> Path:
-    """Each night has records of its own, so that nights and builds do not take each other's work for theirs."""
-    return ctx.root / "runs" / (f"night-{ctx.date}" if ctx.date else "") / f"{stage}.json"
 
 
 @cache

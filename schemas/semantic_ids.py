@@ -19,6 +19,6 @@ TABLE = Table(
         Column("learned_codes", list_of(INT), "codes before separation"),
         Column("separated", BOOL, "true where codes differ from learned_codes"),
         Column("residual", DOUBLE, "squared error of the quantised vector, relative to the vector's own squared norm"),
-        Column("added_on", DATE, "day whose run added the item"),
+        Column("added_on", DATE, "day whose run added the item", volatile=True),
     ),
 )

@@ -3,18 +3,23 @@
 Reads    `histories` as of the day, `semantic_ids`, `interactions` and `pair_days` up to the day, `items`, `item_embeddings`, and the
          pre-ranker of the promoted release (before the first release the latest `midtrain-refit`).
 Writes   the night's partition of `candidates` and `candidate_features`: split `live`, no target, no label.
-Rerun    equal, in whichever order nights are made; after late events a list that they change gets another request_id.
+Rerun    equal, in whichever order nights are made: what arrives late makes the lists of the nights since then again, where it changes them.
+         A list that another history gave has another request_id, and is scored anew; one whose evidence alone moved keeps its score.
 
 Evidence is that of all days up to the night, as fit `live`. Only users whose history changed that day are asked: the lists of the others
 are those of their last active night.
 """
 
 import datetime as dt
+import hashlib
+import json
 
-from pyspark.sql import DataFrame
+import pyarrow as pa
+from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 import schemas
+from gr2.artifacts import Artifact
 from gr2.config import Config
 from gr2.context import Context, Result
 from spark_jobs import evidence
@@ -28,24 +33,70 @@ PRERANKER = "midtrain-refit"
 
 def build(cfg: Config, ctx: Context, night: dt.date) -> Result:
     """Publishes the night's lists and their evidence. Raises MissingInputError where a table or the pre-ranker is not there."""
-    import pyarrow as pa
-
     model = ctx.model(PRERANKER, "midtrain")
-    asked = requests(read(ctx, "histories"), night, model.hash).orderBy("request_id").toArrow().to_pylist()
+    there = set(ctx.lake.read("candidates", ["night"], split="live")["night"].to_pylist()) if ctx.lake.exists("candidates") else set()
+    known = made_from(ctx, sorted({night, *map(dt.date.fromisoformat, there)}), model.id)
+    due = [n for n, print_ in known.items() if n == night or _mark(ctx, n) != print_]
+    counts = {}
+    for each in due:
+        counts[str(each)] = _lists(cfg, ctx, each, model, known[each])
+        path = ctx.night_runs(each) / "lists.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(known[each]))
+    if len(due) > 1:
+        ctx.log(f"candidates: what arrived late changed the past of {len(due) - 1} other nights: their lists were made again")
+    total = sum(counts.values())
+    return Result(rows_in=total, rows_out=total * (cfg.candidates.n + 1), detail={"lists": counts, "preranker": model.id})
+
+
+def _lists(cfg: Config, ctx: Context, night: dt.date, model: Artifact, print_: str) -> int:
+    """Makes one night's lists, all of them: what shares a batch shows in a score's last digits."""
     partition = {"split": "live", "night": str(night)}
-    rows = pa.Table.from_pylist(list(ranked(cfg, ctx, asked, "live", model)) if asked else [], schema=schemas.get("candidates").arrow())
-    lists = publish(ctx, "candidates", frame_of(ctx, rows), partition)
+    asked = requests(read(ctx, "histories"), night, print_.split("-")[0]).orderBy("request_id").toArrow().to_pylist()
+    rows = list(ranked(cfg, ctx, asked, "live", model)) if asked else []
+    schema = schemas.get("candidates").arrow()
+    lists = publish(ctx, "candidates", frame_of(ctx, pa.Table.from_pylist(rows, schema=schema)), partition)
     made = read(ctx, "candidates").where((F.col("split") == "live") & (F.col("night") == partition["night"]))
-    features = publish(ctx, "candidate_features", with_features(ctx, made, *evidence.as_of(ctx, cfg.evidence, night)), partition)
+    publish(ctx, "candidate_features", with_features(ctx, made, *evidence.as_of(ctx, cfg.evidence, night)), partition)
     if not lists:
         ctx.log(f"candidates: nobody did anything on {night}: no lists")
-    return Result(rows_in=len(asked), rows_out=lists + features, detail={"night": str(night), "lists": lists, "preranker": model.id})
+    return lists
 
 
-def requests(histories: DataFrame, night: dt.date, preranker: str) -> DataFrame:
-    """Users with something new that day, with all that is known of them at its end. The target is yet to come."""
+def made_from(ctx: Context, nights: list[dt.date], preranker: str) -> dict[dt.date, str]:
+    """Night -> a hash of the pre-ranker and the catalogue as of the night, `-`, a hash of all that users had done by then."""
+    acts = read(ctx, "interactions").groupBy("event_date").agg(_sum("user_id", "ordinal", "item_id", "event_date").alias("sum"))
+    tokenizer = ctx.model("tokenizer", "tokenizer").id
+    codes = read(ctx, "semantic_ids").where(F.col("tokenizer") == tokenizer).select("item_id", "token_text")
+    day = F.coalesce("first_seen", F.lit("1970-01-01").cast("date"))
+    items = read(ctx, "items").join(codes, on="item_id").groupBy(day.alias("event_date")).agg(_sum("item_id", "token_text").alias("sum"))
+    sums = [[(row["event_date"], int(row["sum"])) for row in frame.collect()] for frame in (items, acts)]
+
+    def of(night: dt.date, part: int, salt: str) -> str:
+        total = sum(value for day, value in sums[part] if day <= night)
+        return hashlib.sha256(f"{salt}:{total}".encode()).hexdigest()[:12]
+
+    return {night: f"{of(night, 0, preranker)}-{of(night, 1, '')}" for night in nights}
+
+
+def _sum(*columns: str) -> Column:
+    """An order-free hash of rows."""
+    return F.sum(F.xxhash64(*columns).cast("decimal(38,0)"))
+
+
+def _mark(ctx: Context, night: dt.date) -> str:
+    """What a night's lists were made from; empty where that is not known."""
+    path = ctx.night_runs(night) / "lists.json"
+    return str(json.loads(path.read_text())) if path.exists() else ""
+
+
+def requests(histories: DataFrame, night: dt.date, catalogue: str) -> DataFrame:
+    """Users with something new that day, with all that is known of them at its end. The target is yet to come.
+
+    `catalogue`: what decides a list beside the history; both are hashed into the request's id.
+    """
     day = F.lit(night + dt.timedelta(days=1))
-    said = F.concat_ws(",", F.lit(preranker), F.array_join("item_ids", ","), F.col("days").cast("string"))
+    said = F.concat_ws(",", F.lit(catalogue), F.array_join("item_ids", ","), F.col("days").cast("string"))
     made_from = F.substring(F.sha2(said, 256), 1, 8)
     return histories.where(F.col("as_of") == F.lit(night)).select(
         F.concat_ws(":", F.lit("live"), F.lit(str(night)), "user_id", made_from).alias("request_id"),

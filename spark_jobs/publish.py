@@ -9,7 +9,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -211,7 +211,8 @@ def _insert(ctx: Context, table: Table, target: DeltaTable, written: DataFrame) 
         for column in table.partition_by:  # as values: only so are the other partitions left unread
             values = [str(r[0]) for r in written.select(column).distinct().collect()]
             on += f" AND {_predicate({column: values}, 'old.')}"
-        _with_retry(lambda: target.alias("old").merge(written.alias("new"), on).whenNotMatchedInsertAll().execute())
+        merge = target.alias("old").merge(written.alias("new"), on).whenNotMatchedInsertAll()
+        added = int(_with_retry(merge.execute).collect()[0]["num_inserted_rows"])  # fewer, where another run came first
     return added
 
 
@@ -231,13 +232,13 @@ def _conflict(error: PySparkException) -> bool:
     return "CONCURRENT" in str(error).upper()
 
 
-def _with_retry(commit: Any) -> None:
+def _with_retry(commit: Callable[[], Any]) -> Any:
     """Retries a commit that lost a race; anything else passes through."""
     for attempt in range(RETRIES):
         try:
-            commit()
-            return
+            return commit()
         except PySparkException as error:
             if not _conflict(error) or attempt == RETRIES - 1:
                 raise
             time.sleep(0.2 * 2**attempt)
+    raise AssertionError("unreachable")

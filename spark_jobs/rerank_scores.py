@@ -129,7 +129,7 @@ def chosen(cfg: Config, ctx: Context, split: str) -> tuple[list[str], list[str]]
 
 def asks(cfg: Config, ctx: Context, models: list[Artifact]) -> pa.Table:
     """One row for each answer that the table does not hold yet (schema ASKED)."""
-    known = _known(ctx, models)
+    known = _known(cfg, ctx, models)
     renderers = _renderers(cfg, models)
     parts = [ASKED.empty_table()]
     modes = modes_of(cfg, ctx)
@@ -151,7 +151,8 @@ Shown = tuple[dict[str, Any], View]
 
 def _shown(cfg: Config, ctx: Context, split: str) -> Iterator[Shown]:
     if ctx.date:
-        yield from views(ctx, cfg, split, night=str(ctx.date))
+        for night in nights_of(cfg, ctx):
+            yield from views(ctx, cfg, split, night=night)
         return
     scored, audited = chosen(cfg, ctx, split)
     once = tuple(range(cfg.scoring.replicas))
@@ -159,6 +160,22 @@ def _shown(cfg: Config, ctx: Context, split: str) -> Iterator[Shown]:
     yield from views(ctx, cfg, split, scored, once)
     if again and audited:
         yield from views(ctx, cfg, split, audited, again)
+
+
+def nights_of(cfg: Config, ctx: Context) -> list[str]:
+    """The night, and others that these models answered for and whose lists were made again since."""
+    ids = [model.id for model in scored_models(cfg, ctx)]
+    lists = ctx.lake.read("candidates", ["night", "request_id"], split="live")
+    scored = (
+        ctx.lake.read("rerank_scores", ["night", "request_id"], split="live", model_id=ids)
+        if ctx.lake.exists("rerank_scores")
+        else lists.slice(0, 0)
+    )
+    answered, known = set(scored["request_id"].to_pylist()), set(scored["night"].to_pylist())
+    again = {
+        n for n, r in zip(lists["night"].to_pylist(), lists["request_id"].to_pylist(), strict=True) if n in known and r not in answered
+    }
+    return sorted({str(ctx.date), *again})
 
 
 def _gate_views(cfg: Config, ctx: Context) -> Iterator[Shown]:
@@ -230,10 +247,10 @@ def _ask(cfg: Config, model: Artifact, mode: Mode, row: dict[str, Any], view: Vi
     }
 
 
-def _known(ctx: Context, models: list[Artifact]) -> set[tuple[Any, ...]]:
+def _known(cfg: Config, ctx: Context, models: list[Artifact]) -> set[tuple[Any, ...]]:
     if not ctx.lake.exists("rerank_scores"):
         return set()
-    table = ctx.lake.read("rerank_scores", list(KEY), model_id=[m.id for m in models], night=str(ctx.date or "none"))
+    table = ctx.lake.read("rerank_scores", list(KEY), model_id=[m.id for m in models], night=nights_of(cfg, ctx) if ctx.date else "none")
     return set(zip(*(table[k].to_pylist() for k in KEY), strict=True))
 
 

@@ -4,7 +4,7 @@ Reads    `item_embeddings`, the model `tokenizer`, the codes that it gave before
 Writes   `semantic_ids`: one item and tokenizer version; key tokenizer, item_id. One partition a version, named by the model's id.
          `work/audits/semantic_ids.json`: the health figures as rows for `audits`.
 Rerun    items that have codes under this version keep them, row for row; only new items get codes, among the free ones
-         (DESIGN contract 8). Without new items the content stays equal.
+         (DESIGN contract 8). At night an item without any text waits. Without new items the content stays equal.
 
     gr2 stage semantic_ids --profile demo
 """
@@ -38,6 +38,10 @@ def run(cfg: Config, ctx: Context) -> Result:
     settings = Tokenizer.model_validate(config["settings"]["tokenizer"])  # as it was fitted, whatever the profile says today
     ids, vectors_NV = item_vectors(ctx, Embeddings.model_validate(config["settings"]["embeddings"]))
     old = _published(ctx, model.id)
+    if ctx.date and (waiting := _nameless(ctx) - set(old["item_id"].to_pylist())):
+        ctx.log(f"semantic_ids: {len(waiting)} new items have no text yet: they get codes once their metadata come, or in the next build")
+        rows = [row for row, item in enumerate(ids) if item not in waiting]
+        ids, vectors_NV = [ids[row] for row in rows], vectors_NV[rows]
     new = added_rows(books, settings, int(config["settings"]["seed"]), ids, vectors_NV, old, model.id, ctx.day)
     table = pa.concat_tables([old, new])
     found = health(table, books.codes, pair_rows(ctx, table["item_id"].to_pylist()))
@@ -77,6 +81,11 @@ def health(table: pa.Table, codes: int, pairs_P2: NDArray[np.int64]) -> dict[str
     """Health figures of one version's rows."""
     learned_NL, codes_NL = (np.array(table[c].to_pylist(), dtype=np.int64) for c in ("learned_codes", "codes"))
     return sid_health.figures(learned_NL, codes_NL, table["residual"].to_numpy(), codes) | sid_health.agreement(learned_NL, pairs_P2)
+
+
+def _nameless(ctx: Context) -> set[str]:
+    """Items that events name and no metadata describe: a code stays for good, so at night none is drawn from nothing."""
+    return set(ctx.lake.read("items", ["item_id"], has_text=False)["item_id"].to_pylist())
 
 
 def _published(ctx: Context, version: str) -> pa.Table:

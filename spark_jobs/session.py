@@ -49,6 +49,7 @@ def get_session(cfg: Config, root: Path) -> SparkSession:
         "spark.sql.sources.parallelPartitionDiscovery.parallelism": "2",
         "spark.sql.execution.arrow.pyspark.enabled": "true",
         "spark.driver.extraJavaOptions": f"{JVM} -Dlog4j2.configurationFile={LOGGING.as_uri()}",
+        **({} if cfg.spark.master.startswith("local") else {"spark.jars": ",".join(map(str, jars))}),  # for the executors
         **cfg.spark.extra,
     }
     builder = SparkSession.builder.master(cfg.spark.master).appName("gr2")

@@ -28,3 +28,11 @@ def event_table(rows: list[tuple], **same: object) -> pa.Table:
         event |= {"event_date": (time or START).date(), "day_known": time is not None, "ingest_date": dt.date(2026, 6, 1), "period": "2026"}
         found.append(event | same)
     return pa.Table.from_pylist(found, schema=schemas.get("events").arrow())
+
+
+def day_events(came: list[tuple[str, int, int]]) -> pa.Table:
+    """(user, number of the item, days since the start) as clicks, each in the period of its day; equal ones are equal events."""
+    table = event_table([(user, f"i{item}", "click", day * 1440 + item) for user, item, day in came]).to_pylist()
+    for event, said in zip(table, came, strict=True):
+        event |= {"event_id": "-".join(map(str, said)), "period": str(event["event_date"])}
+    return pa.Table.from_pylist(table, schema=schemas.get("events").arrow())

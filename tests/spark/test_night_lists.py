@@ -1,0 +1,110 @@
+"""A night's lists: users of the day, what was known at its end, evidence without a future; equal in whichever order nights come."""
+
+import datetime as dt
+from typing import Any
+
+import numpy as np
+import pytest
+from event_world import day_events
+from rerank_world import put, vector_rows
+from sequence_world import ITEMS, START, catalogue, model_named
+
+from gr2.config import load
+from gr2.context import Context
+from gr2.errors import InputError
+from spark_jobs import candidates, drift, evidence, interactions
+from spark_jobs.publish import publish
+from spark_jobs.session import frame_of
+from validation import leakage
+
+pytestmark = pytest.mark.spark
+SETTINGS = ["candidates.n=5", "candidates.beam=20", "data.max_history=6", "midtrain.history_items=6", "embeddings.collaborative_dim=0"]
+
+
+def night_of(root: Any, day: int) -> Context:
+    """The context of one night."""
+    return Context(load("demo", [f"paths.root={root}", *SETTINGS]), START + dt.timedelta(days=day))
+
+
+def world(ctx: Context) -> None:
+    """All that a night finds: items, codes, vectors, a pre-ranker."""
+    catalogue(ctx)
+    put(ctx, "item_embeddings", vector_rows(np.random.default_rng(4), ITEMS))
+    model_named(ctx, "midtrain-refit")
+
+
+def run_night(root: Any, day: int, came: list[tuple[str, int, int]]) -> Context:
+    """One night: `came` are (user, item, day of the event)."""
+    ctx = night_of(root, day)
+    publish(ctx, "events", frame_of(ctx, day_events(came)))
+    for stage in (interactions, evidence, candidates):
+        stage.run(ctx.cfg, ctx)
+    return ctx
+
+
+def lists(ctx: Context) -> dict[str, list[dict[str, Any]]]:
+    """Both tables, row for row."""
+    keys = {"candidates": ["request_id"], "candidate_features": ["request_id", "item_id"]}
+    return {name: ctx.lake.read(name, order_by=key).to_pylist() for name, key in keys.items()}
+
+
+LOG = {
+    30: [("a", 1, 30), ("a", 2, 30), ("b", 5, 30), ("c", 1, 30)],
+    31: [("a", 3, 31), ("d", 7, 31)],
+    32: [("a", 4, 32), ("b", 6, 32), ("d", 8, 32), ("c", 2, 31)],  # the last came a day late
+}
+
+
+def test_users_of_the_day_get_lists_of_what_was_known_then(tmp_path):
+    ctx = night_of(tmp_path, 30)
+    world(ctx)
+    for day, came in LOG.items():
+        ctx = run_night(tmp_path, day, came)
+    found = ctx.lake.read("candidates", order_by=["night", "user_id"]).to_pylist()
+    assert [(r["night"], r["user_id"], r["history_ids"]) for r in found] == [
+        ("2026-01-31", "a", ["i1", "i2"]), ("2026-01-31", "b", ["i5"]), ("2026-01-31", "c", ["i1"]),
+        ("2026-02-01", "a", ["i1", "i2", "i3"]), ("2026-02-01", "c", ["i1", "i2"]), ("2026-02-01", "d", ["i7"]),
+        ("2026-02-02", "a", ["i1", "i2", "i3", "i4"]), ("2026-02-02", "b", ["i5", "i6"]), ("2026-02-02", "d", ["i7", "i8"]),
+    ]  # fmt: skip
+    for row in found:
+        assert row["as_of"] == dt.date.fromisoformat(row["night"]) + dt.timedelta(days=1)
+        assert (row["split"], row["fit"], row["target_id"], set(row["grades"])) == ("live", "live", None, {0})
+        assert len(set(row["candidate_ids"])) == 5
+        assert not set(row["candidate_ids"]) & set(row["history_ids"])
+        unborn = {f"i{k}" for k in range(ITEMS) if START + dt.timedelta(days=k) > row["as_of"]}
+        assert not set(row["candidate_ids"]) & unborn
+    checks = {f["subject"]: f for f in leakage.audit(ctx)}
+    assert checks["history_before_night"]["passed"]
+    assert checks["request_fit"]["passed"]
+
+
+def test_nights_in_any_order_end_alike(tmp_path):
+    straight, mixed = tmp_path / "straight", tmp_path / "mixed"
+    for root, days in ((straight, (30, 31, 32)), (mixed, (32, 30, 31))):
+        world(night_of(root, 30))
+        for day in days:
+            run_night(root, day, LOG[day])
+        run_night(root, days[-1], [])  # again, with nothing new
+    found, wanted = lists(night_of(mixed, 30)), lists(night_of(straight, 30))
+    for name, rows in wanted.items():
+        assert len(found[name]) == len(rows)
+        for row, want in zip(found[name], rows, strict=True):
+            assert row == want
+
+
+def test_evidence_as_of_a_night_holds_no_later_day(tmp_path):
+    for day, came in LOG.items():
+        ctx = night_of(tmp_path, day)
+        publish(ctx, "events", frame_of(ctx, day_events(came)))
+        interactions.run(ctx.cfg, ctx)
+        evidence.run(ctx.cfg, ctx)
+    pairs, stats = evidence.as_of(ctx, ctx.cfg.evidence, START + dt.timedelta(days=31))
+    assert {(r["item_id"], r["next_item_id"]) for r in pairs.collect()} == {("i1", "i2"), ("i2", "i3"), ("i1", "i3")}
+    assert {r["item_id"]: r["count"] for r in stats.collect()} == {"i1": 2, "i2": 2, "i3": 1, "i5": 1, "i7": 1}
+    assert {r["reference_date"] for r in stats.collect()} == {START + dt.timedelta(days=31)}
+
+
+def test_drift_is_of_a_night(make_ctx):
+    ctx = make_ctx()
+    with pytest.raises(InputError, match="--date"):
+        drift.run(ctx.cfg, ctx)
