@@ -441,7 +441,10 @@ def load(profile: str, overrides: list[str] | None = None) -> Config:
         key, sep, value = item.partition("=")
         if not sep or not re.fullmatch(r"[a-z_]+(\.[a-z0-9_+-]+)*", key):
             raise ConfigError(f"--set {item!r}: write key=value, such as rl.prompts_per_step=8")
-        _put(raw, key.split("."), yaml.safe_load(value), key)
+        try:
+            _put(raw, key.split("."), yaml.safe_load(value), key)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {key}: the value is no plain YAML: {str(error).splitlines()[0]}") from None
     if (raw.get("data") or {}).get("path") is None and os.environ.get("GR2_DATA"):
         _put(raw, ["data", "path"], os.environ["GR2_DATA"], "data.path")
     return _validated(raw)
