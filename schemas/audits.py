@@ -8,6 +8,7 @@ TABLE = Table(
     grain="one check of one run",
     key=("run_id", "stage", "audit", "subject"),
     partition_by=("run_id",),
+    layout="a run replaces its own figures",
     columns=(
         Column("run_id", STRING, "run"),
         Column("stage", STRING, "stage that was audited"),
@@ -17,6 +18,6 @@ TABLE = Table(
         Column("low", DOUBLE, "smallest value that passes", nullable=True),
         Column("high", DOUBLE, "largest value that passes", nullable=True),
         Column("passed", BOOL, "whether it did"),
-        Column("detail", STRING, "in words"),
+        Column("detail", STRING, "in words", long=True),
     ),
 )

@@ -8,6 +8,7 @@ TABLE = Table(
     grain="one request and baseline",
     key=("request_id", "model"),
     partition_by=("model",),
+    layout="one order at a time is read",
     columns=(
         Column("request_id", STRING, "request"),
         Column("model", STRING, "baseline", values=("prerank", "random", "popularity", "transition", "lambdamart", "oracle")),

@@ -8,6 +8,7 @@ TABLE = Table(
     grain="one candidate of one request",
     key=("request_id", "item_id"),
     partition_by=("split", "night"),
+    layout="as candidates",
     columns=(
         Column("request_id", STRING, "request"),
         Column("split", STRING, "as in candidates", values=("rerank", "valid", "test", "live")),

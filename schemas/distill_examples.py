@@ -12,7 +12,7 @@ TABLE = Table(
         Column("request_id", STRING, "request"),
         Column("source_model", STRING, "model imitated, with its hash"),
         Column("source_mode", STRING, "think; score where the thinking answer did not parse", values=("think", "score")),
-        Column("prompt", STRING, "rendered prompt, score mode: the next token is the first label"),
+        Column("prompt", STRING, "rendered prompt, score mode: the next token is the first label", long=True),
         Column("order", list_of(STRING), "labels, best first"),
         Column("label_logprobs", list_of(FLOAT), "log-probability of each label of `order` at the first answer position"),
         Column("ordinal", LONG, "order of reading"),

@@ -8,6 +8,7 @@ TABLE = Table(
     grain="one item in one slot of one request",
     key=("request_id", "item_id"),
     partition_by=("period",),
+    layout="as events: slates are read by day, and a night replaces the periods of requests that changed",
     laws={"slot_from_one": "slot_row >= 1 AND slot_col >= 1", "purchase_needs_click": "NOT purchase OR click"},
     columns=(
         Column("request_id", STRING, "request"),

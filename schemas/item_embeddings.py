@@ -8,6 +8,7 @@ TABLE = Table(
     grain="one item and embedding model",
     key=("item_id", "model"),
     partition_by=("model",),
+    layout="a model is replaced whole, and one is read at a time",
     min_rows=1,
     columns=(
         Column("item_id", STRING, "item"),

@@ -8,6 +8,7 @@ TABLE = Table(
     grain="one item and compressor version",
     key=("compressor", "item_id"),
     partition_by=("compressor",),
+    layout="one version is read at a time",
     columns=(
         Column("compressor", STRING, "compressor, with its hash"),
         Column("item_id", STRING, "item"),

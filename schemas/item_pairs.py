@@ -8,6 +8,7 @@ TABLE = Table(
     grain="one directed pair of items and fit",
     key=("fit", "item_id", "next_item_id"),
     partition_by=("fit",),
+    layout="a fit is replaced whole, and one is read at a time",
     laws={"positive": "weight > 0 AND count >= 1"},
     columns=(
         Column(

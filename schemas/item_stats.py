@@ -8,6 +8,7 @@ TABLE = Table(
     grain="one item and fit",
     key=("fit", "item_id"),
     partition_by=("fit",),
+    layout="a fit is replaced whole, and one is read at a time",
     columns=(
         Column("fit", STRING, "as in item_pairs", values=("train", "refit")),
         Column("item_id", STRING, "item"),

@@ -15,7 +15,7 @@ TABLE = Table(
         Column("brand", STRING, "brand or maker", nullable=True),
         Column("categories", list_of(STRING), "categories, general to special; empty where unknown"),
         Column("price", DOUBLE, "price in the source's currency", nullable=True),
-        Column("text", STRING, "title, brand and categories in one line; the item id where nothing else is known"),
+        Column("text", STRING, "title, brand and categories in one line; the item id where nothing else is known", long=True),
         Column("has_text", BOOL, "false where text is only the id"),
         Column("first_seen", DATE, "first day the item is known", nullable=True),
     ),

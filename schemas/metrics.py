@@ -8,6 +8,7 @@ TABLE = Table(
     grain="one figure",
     key=("run_id", "profile", "protocol", "model", "mode", "population", "slice", "n_candidates", "seed", "metric", "reference"),
     partition_by=("run_id",),
+    layout="a run replaces its own figures",
     laws={"interval_holds_value": "low IS NULL OR (low <= value + 1e-9 AND value <= high + 1e-9)"},
     columns=(
         Column("run_id", STRING, "run"),

@@ -8,13 +8,14 @@ TABLE = Table(
     grain="one training text",
     key=("fit", "example_id"),
     partition_by=("fit",),
+    layout="a fit is replaced whole, and one is read at a time",
     min_rows=1,
     columns=(
         Column("fit", STRING, "interactions it was built from: train or refit", values=("train", "refit")),
         Column("example_id", STRING, "task and the user or item"),
         Column("task", STRING, "part of the mix", values=("history", "titles", "captions", "lookup", "persona")),
-        Column("prompt", STRING, "read, not learned; may be empty"),
-        Column("completion", STRING, "learned"),
+        Column("prompt", STRING, "read, not learned; may be empty", long=True),
+        Column("completion", STRING, "learned", long=True),
         Column("ordinal", LONG, "order of reading: by hash of example_id"),
     ),
 )

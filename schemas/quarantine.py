@@ -9,13 +9,14 @@ TABLE = Table(
     key=("quarantine_id",),
     mode="insert",
     partition_by=("target",),
+    layout="what one stage refused is looked at together",
     columns=(
         Column("quarantine_id", STRING, "hash of file, locator, reason and record"),
         Column("target", STRING, "table the row was meant for"),
         Column("reason", STRING, "rule that refused it, such as missing_user, bad_time, future_date, not_json"),
         Column("source_file", STRING, "file the row came from"),
         Column("locator", STRING, "byte offset or line number in the file, or the record's hash"),
-        Column("record", STRING, "the record, cut to 500 characters, personal fields removed"),
+        Column("record", STRING, "the record, cut to 500 characters, personal fields removed", long=True),
         Column("ingest_date", DATE, "day whose run refused it"),
     ),
 )

@@ -12,7 +12,7 @@ TABLE = Table(
         Column("status", STRING, "promoted: the one to read; superseded; retired", values=("promoted", "superseded", "retired")),
         Column("profile", STRING, "profile"),
         Column("run_id", STRING, "run"),
-        Column("pins", STRING, "JSON: table versions, model hashes"),
+        Column("pins", STRING, "JSON: table versions, model hashes", long=True),
         Column("code", STRING, "code commit"),
         Column("config_hash", STRING, "hash of the configuration"),
         Column("lock_hash", STRING, "hash of uv.lock"),

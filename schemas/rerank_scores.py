@@ -9,6 +9,7 @@ TABLE = Table(
     key=("request_id", "model_id", "mode", "replica"),
     mode="insert",
     partition_by=("model_id", "night"),
+    layout="one model is read at a time, for an experiment or for some nights",
     laws={"ok_has_order": "(status = 'ok') = (new_order IS NOT NULL)"},
     columns=(
         Column("request_id", STRING, "request"),
@@ -21,8 +22,8 @@ TABLE = Table(
         Column("new_order", list_of(STRING), "candidate ids, best first", nullable=True),
         Column("labels", list_of(STRING), "label of each candidate, in incoming order"),
         Column("shown", list_of(INT), "incoming places in the order shown"),
-        Column("reasoning", STRING, "thought, as written"),
-        Column("text", STRING, "whole completion"),
+        Column("reasoning", STRING, "thought, as written", long=True),
+        Column("text", STRING, "whole completion", long=True),
         Column("label_logprobs", list_of(FLOAT), "of each candidate in incoming order, score mode", nullable=True),
         Column("prompt_hash", STRING, "hash of template and text"),
         Column("prompt_tokens", INT, "tokens read"),

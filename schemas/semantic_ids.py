@@ -8,6 +8,7 @@ TABLE = Table(
     grain="one item and tokenizer version",
     key=("tokenizer", "item_id"),
     partition_by=("tokenizer",),
+    layout="one tokenizer is read at a time, and old ones stay as they were",
     unique=(("tokenizer", "token_text"),),
     min_rows=1,
     laws={"levels_agree": "size(codes) = size(learned_codes)"},

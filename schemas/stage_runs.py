@@ -19,6 +19,6 @@ TABLE = Table(
         Column("seconds", DOUBLE, "wall time", volatile=True),
         Column("peak_mib", DOUBLE, "peak memory of the process and its children", volatile=True),
         Column("fingerprint", STRING, "hash of configuration, code and inputs"),
-        Column("detail", STRING, "JSON: what else the stage says of itself", volatile=True),
+        Column("detail", STRING, "JSON: what else the stage says of itself", volatile=True, long=True),
     ),
 )

@@ -166,7 +166,7 @@ def _ensure(ctx: Context, table: Table, whole: bool) -> tuple[DeltaTable, bool]:
         builder.execute()
     reshaped = migrate(ctx, table, spark_schema(table), properties(table), whole)
     found = DeltaTable.forPath(ctx.spark, path)
-    if table.laws and not reshaped and "delta.constraints.laws" not in found.detail().collect()[0]["properties"]:
+    if table.laws and not reshaped and "delta.constraints.laws" not in ctx.lake.open(table.name).metadata().configuration:
         predicate = " AND ".join(f"({law})" for law in table.laws.values())  # from the contract, never from input
         ctx.spark.sql("ALTER TABLE delta.`{}` ADD CONSTRAINT laws CHECK ({})".format(path.replace("`", "``"), predicate))
     return found, reshaped

@@ -152,7 +152,10 @@ def test_a_service_as_teacher_keeps_its_failures_as_rows(make_ctx, service, monk
         assert kind != 3 or "Error" in row["reason"]
         assert row["cost"] == (0.0 if kind == 3 else pytest.approx(0.2))
     assert {r["seed"] % 4 for r in rows} == {0, 1, 2, 3}
-    assert "sk-not-for-tables" not in json.dumps(rows)
+    said = [json.dumps(ctx.lake.read(name).to_pylist(), default=str) for name in schemas.NAMES if ctx.lake.exists(name)]
+    said += [path.read_bytes().decode(errors="ignore") for path in ctx.root.rglob("*") if path.is_file()]
+    assert len(said) > 20, "tables, their logs, manifests, the run's log"
+    assert not [text for text in said if "sk-not-for-tables" in text]
     assert any(r["verdict"] == "accepted" for r in rows)
     assert sft_examples.run(ctx.cfg, ctx).rows_out > 0, "its traces become examples like a program's"
 
