@@ -166,7 +166,9 @@ def _ingest(cfg: Config, ctx: Context, judged: DataFrame, raw: sources.Raw) -> R
     try:
         distinct = events.count()
         added = publish(ctx, "events", events)
-        lost = events.join(read(ctx, "events").select("event_id"), on="event_id", how="left_anti").count()
+        periods = [row["period"] for row in events.select("period").distinct().collect()]
+        there = read(ctx, "events").where(F.col("period").isin(*periods)).select("event_id")
+        lost = events.join(there, on="event_id", how="left_anti").count()
     finally:
         events.unpersist()
     known = distinct - added  # some of them, it may be, by a run at the same time

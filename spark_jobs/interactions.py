@@ -5,8 +5,8 @@ Writes  `interactions` (one deduplicated, sessionised interaction; user_id, ordi
 Rerun   both tables depend on the events alone, not on the day of the run, so backfills in any order end alike.
 Run     gr2 stage interactions --profile demo [--date 2026-01-05]
 
-Without --date both tables are built whole. With it only users with new events are built again, and of them only the periods since their
-first new event are replaced (and those that a window moved over): equal, row for row, to what a whole build gives.
+Without --date both tables are built whole. With it only users with new events are built again, from their first new day on, and only the
+periods since then are replaced (and those that a window moved over): equal, row for row, to what a whole build gives.
 
 A user's order is the source's own where it has one, else the time. Of several events with one item in one session the strongest
 stands (purchase > click > review). Splits: `time` cuts the days from the first to the last one by `data.windows`; `leave_one_out` counts
@@ -42,12 +42,11 @@ def run(cfg: Config, ctx: Context) -> Result:
 def _build(cfg: Config, ctx: Context) -> Result:
     now = [building(cfg, ctx, "interactions", target, "events") for target in TABLES]
     acts = read(ctx, "events", now[0].version).where(F.col("kind").isin(*STRENGTH))
-    windows = cuts(acts, cfg.data)
-    now[0].settings["windows"] = [str(day) for day in windows]
-    fresh = new_choices(cfg, ctx, now) if ctx.date else None
-    if fresh is not None:
-        return _increment(cfg, ctx, acts, fresh, windows, now)
-    interactions = to_interactions(acts, cfg.data, cfg.seed, windows).persist(StorageLevel.MEMORY_AND_DISK)
+    if ctx.date and (night := new_choices(cfg, ctx, now)):
+        return _increment(cfg, ctx, acts, *night, now)
+    span = days_of(acts)
+    now[0].settings["span"] = [str(day) for day in span]
+    interactions = to_interactions(acts, cfg.data, cfg.seed, cuts(span, cfg.data)).persist(StorageLevel.MEMORY_AND_DISK)
     try:
         kept = publish(ctx, "interactions", interactions, built=now[0])
         as_of = publish(ctx, "histories", to_histories(interactions, cfg.data), built=now[1])
@@ -63,11 +62,11 @@ def _build(cfg: Config, ctx: Context) -> Result:
 # -- a night ----------------------------------------------------------------------------------------------------------
 
 
-def new_choices(cfg: Config, ctx: Context, now: list[Built]) -> DataFrame | None:
-    """`user_id, since` of users with choices that the tables do not hold yet; nothing where all must be built.
+def new_choices(cfg: Config, ctx: Context, now: list[Built]) -> tuple[DataFrame, list[dt.date], list[dt.date]] | None:
+    """Users with choices that the tables do not hold yet (`user_id, since`), and the days spanned before and with them.
 
-    Only the order of time can be continued: under leave-one-out a new event moves the user's splits, and a source's own order, a day
-    that was filled in, or a day that was shuffled can change any earlier row.
+    Nothing where all must be built. Only the order of time can be continued: under leave-one-out a new event moves the user's splits, and
+    a source's own order, a day that was filled in, or a day that was shuffled can change any earlier row.
     """
     before = [last_built(ctx, target, b) for target, b in zip(TABLES, now, strict=True)]
     known = [b for b in before if b is not None]
@@ -77,26 +76,33 @@ def new_choices(cfg: Config, ctx: Context, now: list[Built]) -> DataFrame | None
     if rows is None:
         return None
     chosen = rows.where(F.col("kind").isin(*STRENGTH))
-    if chosen.where(~F.col("day_known") | F.col("source_order").isNotNull()).limit(1).count():
+    odd = F.count_if(~F.col("day_known") | F.col("source_order").isNotNull())
+    strange, first, last = chosen.agg(odd, F.min("event_date"), F.max("event_date")).collect()[0]
+    old = [dt.date.fromisoformat(day) for day in known[0].settings.get("span", [])]
+    if strange or not old:
         return None
-    return chosen.groupBy("user_id").agg(F.min("event_date").alias("since"))
+    span = old if first is None else [min(old[0], first), max(old[1], last)]
+    return chosen.groupBy("user_id").agg(F.min("event_date").alias("since")), old, span
 
 
-def _increment(cfg: Config, ctx: Context, acts: DataFrame, fresh: DataFrame, windows: list[dt.date], now: list[Built]) -> Result:
-    mine = to_interactions(acts.join(fresh.select("user_id"), on="user_id", how="left_semi"), cfg.data, cfg.seed, windows)
-    mine = mine.persist(StorageLevel.MEMORY_AND_DISK)
+def _increment(
+    cfg: Config, ctx: Context, acts: DataFrame, fresh: DataFrame, old: list[dt.date], span: list[dt.date], now: list[Built]
+) -> Result:
+    """Builds the touched users again from their first new day on, and replaces the periods in which something changed."""
+    now[0].settings["span"] = [str(day) for day in span]
+    fresh, windows = fresh.persist(), cuts(span, cfg.data)
+    there = read(ctx, "interactions", now[0].base)
+    mine = continued(acts, there, fresh, cfg.data, windows).persist(StorageLevel.MEMORY_AND_DISK)
     try:
         changed = mine.join(fresh, on="user_id").where(F.col("event_date") >= F.col("since"))
         periods = {r[0] for r in changed.select("period").distinct().collect()}
-        there = read(ctx, "interactions", now[0].base)
-        moved = periods | {r[0] for r in there.where(_moved(ctx, now[0], windows)).select("period").distinct().collect()}
+        moved = periods | {r[0] for r in there.where(_moved(cuts(old, cfg.data), windows)).select("period").distinct().collect()}
         if not moved:
             ctx.log("interactions: nothing new")
             return Result(detail={"periods": 0})
         others = there.where(F.col("period").isin(*moved)).join(fresh, on="user_id", how="left_anti").drop("split")
         others = with_split(others, cfg.data, windows).select(*mine.columns)
-        both = others.unionByName(mine.where(F.col("period").isin(*moved)))
-        kept = publish(ctx, "interactions", both, {"period": moved}, now[0])
+        kept = publish(ctx, "interactions", others.unionByName(mine.where(F.col("period").isin(*moved))), {"period": moved}, now[0])
         if periods:
             rest = read(ctx, "histories", now[1].base).where(F.col("period").isin(*periods)).join(fresh, on="user_id", how="left_anti")
             again = to_histories(mine, cfg.data).where(F.col("period").isin(*periods))
@@ -104,17 +110,37 @@ def _increment(cfg: Config, ctx: Context, acts: DataFrame, fresh: DataFrame, win
         users = fresh.count()
     finally:
         mine.unpersist()
+        fresh.unpersist()
     ctx.log(f"interactions: {users} users had new events; {len(moved)} periods replaced")
     return Result(rows_in=kept, rows_out=kept, detail={"users": users, "periods": len(moved)})
 
 
-def _moved(ctx: Context, now: Built, windows: list[dt.date]) -> Column:
-    """Whether a row lies on a day that belonged to another window when the table was built."""
-    before = last_built(ctx, "interactions", now)
-    old = [dt.date.fromisoformat(day) for day in before.settings["windows"]] if before else []
+def continued(acts: DataFrame, there: DataFrame, fresh: DataFrame, data: Data, windows: list[dt.date]) -> DataFrame:
+    """All interactions of the touched users: those before their first new day as they are, the later ones built from events.
+
+    A new day begins a new session, so that places and sessions go on counting from those before.
+    """
+    first = fresh.agg(F.min("since")).collect()[0][0]
+    late = acts.where(F.col("event_date") >= F.lit(first)) if first else acts.limit(0)  # what lies before is not even read
+    new = late.join(fresh, on="user_id").where(F.col("event_date") >= F.col("since")).drop("since")
+    kept = there.join(fresh, on="user_id").where(F.col("event_date") < F.col("since")).drop("since", "split", "gap_days")
+    done = kept.groupBy("user_id").agg(F.max("ordinal").alias("ordinals"), F.max("session").alias("sessions"))
+    ordered = with_ordinal(strongest(with_session(new, data.session_gap_minutes))).join(done, on="user_id", how="left")
+    counted = ordered.withColumns(
+        {
+            "ordinal": (F.col("ordinal") + F.coalesce("ordinals", F.lit(0))).cast("int"),
+            "session": (F.col("session") + F.coalesce("sessions", F.lit(0))).cast("int"),
+            "period": F.date_format("event_date", PERIODS[data.period]),
+        }
+    )
+    return finished(with_split(kept.unionByName(counted.select(*kept.columns)), data, windows), data)
+
+
+def _moved(was: list[dt.date], became: list[dt.date]) -> Column:
+    """Whether a row lies on a day that belongs to another window now."""
     moved = F.lit(False)
-    for was, became in zip(old, windows, strict=True) if old else ():
-        moved |= (F.col("event_date") >= F.lit(min(was, became))) & (F.col("event_date") < F.lit(max(was, became)))
+    for old, new in zip(was, became, strict=False):
+        moved |= (F.col("event_date") >= F.lit(min(old, new))) & (F.col("event_date") < F.lit(max(old, new)))
     return moved
 
 
@@ -122,26 +148,32 @@ def _moved(ctx: Context, now: Built, windows: list[dt.date]) -> Column:
 
 
 def to_interactions(acts: DataFrame, data: Data, seed: int, windows: list[dt.date] | None = None) -> DataFrame:
-    """Events that are choices, in the contract of `interactions`. `windows`: their `cuts`, where the choices are only some of all."""
+    """Events that are choices, in the contract of `interactions`. `windows`: their `cuts`, where they are known."""
     ordered = with_ordinal(strongest(with_session(acts, data.session_gap_minutes)))
-    split = with_split(ordered, data, cuts(acts, data) if windows is None else windows)
-    if data.same_day_order == "shuffled":
-        split = shuffled_days(split, seed)
+    split = with_split(ordered, data, cuts(days_of(acts), data) if windows is None else windows)
+    return finished(shuffled_days(split, seed) if data.same_day_order == "shuffled" else split, data)
+
+
+def finished(split: DataFrame, data: Data) -> DataFrame:
+    """Adds what follows from a user's order; the columns of the contract."""
     order = Window.partitionBy("user_id").orderBy("ordinal")
     gap = F.date_diff("event_date", F.lag("event_date").over(order)).cast("int")
     rows = split.withColumns({"gap_days": gap, "period": F.date_format("event_date", PERIODS[data.period])})
     return rows.select(*schemas.get("interactions").names())
 
 
-def cuts(acts: DataFrame, data: Data) -> list[dt.date]:
-    """First days of the windows rerank, valid and test under the time protocol; none where no day is known, or under leave-one-out."""
-    if data.protocol == "leave_one_out":
-        return []
+def days_of(acts: DataFrame) -> list[dt.date]:
+    """First and last day that is known; none where no day is."""
     first, last = acts.where("day_known").agg(F.min("event_date"), F.max("event_date")).collect()[0]
-    if first is None:
+    return [] if first is None else [first, last]
+
+
+def cuts(span: list[dt.date], data: Data) -> list[dt.date]:
+    """First days of the windows rerank, valid and test under the time protocol; none without days, or under leave-one-out."""
+    if data.protocol == "leave_one_out" or not span:
         return []
-    days = (last - first).days + 1
-    return [first + dt.timedelta(days=int(share * days + 1e-9)) for share in data.windows]
+    days = (span[1] - span[0]).days + 1
+    return [span[0] + dt.timedelta(days=int(share * days + 1e-9)) for share in data.windows]
 
 
 def with_session(acts: DataFrame, gap_minutes: int) -> DataFrame:

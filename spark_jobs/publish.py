@@ -205,15 +205,16 @@ def _insert(ctx: Context, table: Table, target: DeltaTable, written: DataFrame) 
     """Adds the rows whose key is new. Two writers of one key conflict in Delta's log; the later one retries and then finds it."""
     current = ctx.spark.read.format("delta").load(str(ctx.table_path(table.name)))
     keys = list(table.key)
-    added = written.join(current.select(keys), on=keys, how="left_anti").count()
-    if added:
-        on = " AND ".join(f"old.{k} = new.{k}" for k in [*keys, *(c for c in table.partition_by if c not in keys)])
-        for column in table.partition_by:  # as values: only so are the other partitions left unread
-            values = [str(r[0]) for r in written.select(column).distinct().collect()]
-            on += f" AND {_predicate({column: values}, 'old.')}"
-        merge = target.alias("old").merge(written.alias("new"), on).whenNotMatchedInsertAll()
-        added = int(_with_retry(merge.execute).collect()[0]["num_inserted_rows"])  # fewer, where another run came first
-    return added
+    on = " AND ".join(f"old.{k} = new.{k}" for k in [*keys, *(c for c in table.partition_by if c not in keys)])
+    for column in table.partition_by:  # as values: only so are the other partitions left unread
+        only = {column: [str(r[0]) for r in written.select(column).distinct().collect()]}
+        if not only[column]:
+            return 0
+        current, on = current.where(_predicate(only)), f"{on} AND {_predicate(only, 'old.')}"
+    if written.join(current.select(keys), on=keys, how="left_anti").isEmpty():
+        return 0
+    merge = target.alias("old").merge(written.alias("new"), on).whenNotMatchedInsertAll()
+    return int(_with_retry(merge.execute).collect()[0]["num_inserted_rows"])  # fewer than looked new, where another run came first
 
 
 def _predicate(partition: Partition, prefix: str = "") -> str:
