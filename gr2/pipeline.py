@@ -150,14 +150,6 @@ STAGES = (
         ("sft", "rl", "opd", "opd+rl", "fast"),
         flows=BOTH,
     ),
-    Stage(
-        "drift",
-        "spark_jobs.drift",
-        ("drift", "scoring"),
-        ("events", "histories", "semantic_ids", "rerank_scores"),
-        ("audits",),
-        flows=("night",),
-    ),
     Stage("baselines", "spark_jobs.baselines", ("evaluation",), ("candidates", "candidate_features"), ("baselines",)),
     Stage(
         "evaluation",
@@ -165,6 +157,14 @@ STAGES = (
         ("evaluation", "scoring"),
         ("candidates", "rerank_scores", "baselines"),
         ("metrics", "audits"),
+    ),
+    Stage(
+        "drift",
+        "spark_jobs.drift",
+        ("drift", "scoring"),
+        ("events", "histories", "semantic_ids", "rerank_scores"),
+        ("audits",),
+        flows=("night",),
     ),
     Stage(
         "release",

@@ -109,7 +109,7 @@ CHECKS: dict[str, tuple[tuple[str, ...], str, str]] = {
         """
         SELECT count(*) FROM candidate_features f JOIN candidates c USING (request_id)
             LEFT JOIN item_stats s ON s.fit = c.fit AND s.item_id = f.item_id
-        WHERE f.split <> 'live' AND abs(f.popularity - ln(1 + coalesce(s.count, 0))) > 1e-6
+        WHERE c.split <> 'live' AND abs(f.popularity - ln(1 + coalesce(s.count, 0))) > 1e-6
         """,
         "a candidate's popularity is not that of its request's fit",
     ),

@@ -54,7 +54,7 @@ def world(ctx: Context) -> None:
         items = [f"i{i}" for i in rng.permutation(ITEMS)[: LISTED + 3]]
         listed, hit = items[:LISTED], r % 2 == 0
         grades = [int(hit and place == r % LISTED) for place in range(LISTED)]
-        request = {"request_id": f"test:u{r}:4", "split": "test"}
+        request = {"request_id": f"test:u{r}:4", "split": "test", "night": "none"}
         own = {"history_ids": items[LISTED:], "history_days": [9, 5, 2], "candidate_ids": listed, "grades": grades}
         requests.append({**request, **own, "target_rank": r % LISTED + 1 if hit else None})
         for place, item in enumerate(listed):

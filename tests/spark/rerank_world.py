@@ -74,6 +74,7 @@ def candidate_rows(rng: np.random.Generator, n_items: int, split: str, n: int, s
             {
                 "request_id": f"{split}:u{r}:9",
                 "split": split,
+                "night": "none",
                 "user_id": f"u{r}",
                 "source": "beam",
                 "model_id": "midtrain@0",

@@ -37,6 +37,7 @@ def scores(ctx: Context, requests: dict[str, dict], leave_out: int = 0) -> None:
             failed = name == "rl" and n % 5 == 0
             rows.append(
                 {"request_id": request, "model_id": ids[name], "model": name, "mode": "think", "replica": replica, "split": "test",
+                 "night": "none",
                  "status": "not_json" if failed else "ok", "new_order": None if failed else order, "labels": list("ABCDEFGHIJ"),
                  "shown": np.random.default_rng([n, replica]).permutation(10).tolist(), "reasoning": "x", "text": "x",
                  "label_logprobs": None, "prompt_hash": "0", "prompt_tokens": 1, "completion_tokens": 1, "seconds": 0.0}

@@ -49,7 +49,7 @@ def test_only_what_is_asked_for_and_nothing_without_tables(ctx):
 def test_tables_that_disagree_are_refused(ctx):
     settle(ctx)
     features = ctx.lake.read("candidate_features")
-    write_deltalake(ctx.table_path("candidate_features"), features.slice(1), mode="overwrite", partition_by=["split"])
+    write_deltalake(ctx.table_path("candidate_features"), features.slice(1), mode="overwrite", partition_by=["split", "night"])
     gone = features["split"][0].as_py()
     with pytest.raises(AuditError, match="differ"):
         list(views(ctx, ctx.cfg, gone))

@@ -39,8 +39,9 @@ def world(logs: list[list[int]], window: int = 2) -> World:
                 requests.append(
                     {"request_id": f"{split}:u{user}", "split": split, "user_id": f"u{user}", "source": "beam", "target_id": f"i{item}",
                      "fit": "refit" if split == "test" else "train", "history_ids": [f"i{i}" for i in items[:place]],
-                     "history_days": list(range(place, 0, -1))}
+                     "history_days": list(range(place, 0, -1)), "as_of": day}
                 )  # fmt: skip
+    nights = [{**r, "request_id": f"live:{n}", "split": "live", "fit": "live", "target_id": None} for n, r in enumerate(requests[:2])]
     stats, pairs = [], []
     for fit, splits in ALLOWED.items():
         seen = [row for row in interactions if row["split"] in splits]
@@ -67,7 +68,8 @@ def world(logs: list[list[int]], window: int = 2) -> World:
         for fit in ALLOWED for user, items in enumerate(logs)
     ]  # fmt: skip
     return {
-        "interactions": interactions, "candidates": requests, "candidate_features": features, "item_stats": stats, "item_pairs": pairs,
+        "interactions": interactions, "candidates": [*requests, *nights], "candidate_features": features, "item_stats": stats,
+        "item_pairs": pairs,
         "midtrain_examples": texts, "semantic_ids": sids, "sft_examples": examples, "distill_examples": examples, "rl_prompts": prompts,
     }  # fmt: skip
 
@@ -114,6 +116,7 @@ LEAKS = {
     "midtrain_histories": lambda tables: tables["midtrain_examples"][0].update(prompt=f"<a_{LOGS[0][-1]}><b_0>"),
     "request_fit": change("candidates", 0, fit="refit"),
     "history_before_target": lambda tables: tables["candidates"][0]["history_ids"].append(tables["candidates"][1]["target_id"]),
+    "history_before_night": lambda tables: tables["candidates"][-1].update(as_of=START),
     "sft_requests": lambda tables: tables.update(sft_examples=[{"example_id": "x", "request_id": "test:u0", "source": "rejection"}]),
     "rl_requests": change("rl_prompts", 0, request_id="test:u0"),
     "distill_requests": lambda tables: tables.update(distill_examples=[{"example_id": "x", "request_id": "valid:u1"}]),

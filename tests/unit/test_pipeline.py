@@ -19,7 +19,7 @@ def test_every_table_has_one_builder_and_is_built_before_it_is_read():
         assert set(stage.reads) <= written, f"{stage.name} reads what nothing before it writes"
         for table in stage.writes:
             assert table in schemas.NAMES
-            assert table == "quarantine" or table not in written, f"{table} has two builders"
+            assert table in ("quarantine", "audits") or table not in written, f"{table} has two builders"
         written |= set(stage.writes)
     assert written == set(schemas.NAMES)
 
@@ -34,7 +34,10 @@ def test_models_are_made_before_they_are_used_and_sections_exist():
 
 def test_between_gives_the_stages_from_one_to_another_and_refuses_a_backward_range():
     assert [s.name for s in pipeline.between("sft", "rl")] == ["sft", "rl_prompts", "rl"]
-    assert len(pipeline.between(None, None)) == len(pipeline.STAGES)
+    assert pipeline.between(None, None) == [s for s in pipeline.STAGES if s.name != "drift"]
+    assert [s.name for s in pipeline.between("candidates", "release", "night")] == ["candidates", "rerank_scores", "drift", "release"]
+    with pytest.raises(ConfigError, match="not part of a night"):
+        pipeline.between("sft", None, "night")
     with pytest.raises(ConfigError, match="comes after"):
         pipeline.between("rl", "sft")
     with pytest.raises(ConfigError, match="no stage 'rll'"):
