@@ -32,7 +32,6 @@ def start(root: Path, profile: str, port: int) -> None:
     subprocess.run(pool, env=environment, check=True, stdout=subprocess.DEVNULL)
     print(f"Airflow on http://127.0.0.1:{port} (no password), home {root / 'airflow'}.")
     print(f"Trigger `retrain`, then `nightly`, with {profile!r}; Ctrl-C ends it.")
-    print(f"Trigger `retrain`, then `nightly`, with {profile!r}; Ctrl-C ends it.")
     process = subprocess.Popen([airflow, "standalone"], env=environment, start_new_session=True)
 
     def end(*_: object) -> None:

@@ -100,7 +100,7 @@ class Context:
         """
         return artifacts.resolve(self.root, name, stage, self.promoted.get("models", {}).get(name) if self.date else None)
 
-    @cached_property
+    @property
     def promoted(self) -> dict[str, dict[str, Any]]:
         """Pins of the promoted release (tables, models); empty before the first."""
         rows = self.lake.read("releases", ["pins"], status="promoted").to_pylist() if self.lake.exists("releases") else []
@@ -125,11 +125,7 @@ class Context:
     @property
     def runs(self) -> Path:
         """Folder of the draft release and the stages' records. A night has its own: what a build has under way is not its."""
-        return self.night_runs(self.date) if self.date else self.root / "runs"
-
-    def night_runs(self, night: dt.date) -> Path:
-        """The same folder of any night."""
-        return self.root / "runs" / f"night-{night}"
+        return self.root / "runs" / (f"night-{self.date}" if self.date else "")
 
     # -- telling --------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from gr2 import PROJECT, artifacts, lineage
+from gr2 import PROJECT, lineage
 from gr2.config import Config, Training
 from gr2.context import Context, Result, result_json
 from gr2.errors import ConfigError, MissingInputError
@@ -221,7 +221,7 @@ def fingerprint(stage: Stage, cfg: Config, ctx: Context) -> str:
         **settings_of(stage, cfg),
         "date": str(ctx.date),
         "tables": {t: ctx.lake.content_version(t) if ctx.lake.exists(t) else None for t in stage.reads},
-        "models": {m: _current(ctx.root, m) for m in stage.uses},
+        "models": {m: _current(ctx, m) for m in stage.uses},
     }
     if not stage.reads:
         parts["raw"] = _raw_listing(ctx)
@@ -240,7 +240,7 @@ def up_to_date(stage: Stage, ctx: Context, print_: str) -> bool:
     """Whether the last good run of this stage had the same fingerprint and what it made is still there."""
     record = read_record(ctx, stage.name)
     tables = all(ctx.lake.exists(t) for t in stage.writes if t != "quarantine")
-    return bool(record) and record["fingerprint"] == print_ and tables and all(_current(ctx.root, m) for m in stage.makes)
+    return bool(record) and record["fingerprint"] == print_ and tables and all(_current(ctx, m) for m in stage.makes)
 
 
 def processes(stage: Stage, cfg: Config) -> int:
@@ -271,7 +271,7 @@ def execute(stage: Stage, cfg: Config, ctx: Context, print_: str) -> Result:
         },
     )
     for model in () if ctx.date else stage.makes:  # a night keeps the models of the promoted release
-        if digest := _current(ctx.root, model):
+        if digest := _current(ctx, model):
             ctx.pin("models", model, digest)
     return result
 
@@ -320,9 +320,9 @@ def _source(module: str) -> Path | None:
     return path if path.exists() else None
 
 
-def _current(root: Path, model: str) -> str | None:
+def _current(ctx: Context, model: str) -> str | None:
     try:
-        return artifacts.resolve(root, model, "").hash
+        return ctx.model(model, "").hash
     except MissingInputError:
         return None
 

@@ -2,6 +2,7 @@
 
 from schemas.base import DATE, FLOAT, INT, STRING, Column, Table, list_of
 
+EXPERIMENT = "none"  # the night of lists that have targets
 TABLE = Table(
     name="candidates",
     version="2.0",

@@ -42,10 +42,14 @@ class Lake:
         """Version that `read` gives."""
         return self.open(name).version()
 
-    def content_version(self, name: str) -> int:
-        """Latest version that changed rows: what OPTIMIZE, VACUUM and settings commit is the same content to a stage."""
+    def content_commit(self, name: str) -> dict[str, Any]:
+        """The last commit that changed rows: what OPTIMIZE, VACUUM and settings commit is the same content to a stage."""
         commits = self.open(name).history(HISTORY)
-        return int(next((c["version"] for c in commits if c.get("operation") not in UPKEEP), commits[-1]["version"]))
+        return next((c for c in commits if c.get("operation") not in UPKEEP), commits[-1])
+
+    def content_version(self, name: str) -> int:
+        """Its version."""
+        return int(self.content_commit(name)["version"])
 
     def dataset(self, name: str) -> ds.Dataset:
         """The table as an Arrow dataset, for DuckDB and for streaming."""

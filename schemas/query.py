@@ -16,14 +16,6 @@ from schemas.lake import Lake
 SHOWN = 100  # rows of a table on a terminal
 
 
-def promoted_pins(ctx: Context) -> dict[str, int]:
-    """Table versions of the promoted release; empty before the first release, when the latest versions are read."""
-    if not ctx.lake.exists("releases"):
-        return {}
-    rows = ctx.lake.read("releases", status="promoted").to_pylist()
-    return json.loads(rows[0]["pins"]).get("tables", {}) if rows else {}
-
-
 def connect(lake: Lake) -> duckdb.DuckDBPyConnection:
     """A connection with a view for each table that exists; external access is off, so a query reaches nothing else."""
     connection = duckdb.connect()
@@ -37,7 +29,7 @@ def connect(lake: Lake) -> duckdb.DuckDBPyConnection:
 
 def query(ctx: Context, text: str, latest: bool = False) -> pa.Table:
     """The result of one query. Raises InputError with DuckDB's own message for a bad one."""
-    lake = Lake(ctx.root, {} if latest else promoted_pins(ctx))
+    lake = Lake(ctx.root, {} if latest else ctx.promoted.get("tables"))
     try:
         return connect(lake).sql(text).to_arrow_table()
     except (duckdb.Error, AttributeError) as error:

@@ -35,6 +35,7 @@ from gr2.context import Context, Result
 from gr2.errors import ConfigError, InputError
 from gr2.sids import Trie
 from schemas import get
+from schemas.candidates import EXPERIMENT
 from spark_jobs.features import with_features
 from spark_jobs.publish import publish
 from spark_jobs.session import frame_of, read
@@ -43,7 +44,6 @@ SPLITS = ("rerank", "valid", "test")
 FIT = {"rerank": "train", "valid": "train", "test": "refit"}
 MODEL = {"train": "midtrain", "refit": "midtrain-refit"}
 REQUEST = ("request_id", "split", "user_id", "as_of", "history_ids", "history_days", "target_id", "slice", "seen_ids")
-EXPERIMENT = {"night": "none"}  # partition of the lists that have targets
 
 
 def run(cfg: Config, ctx: Context) -> Result:
@@ -60,9 +60,9 @@ def run(cfg: Config, ctx: Context) -> Result:
         if not table.num_rows:
             raise InputError("no user has a target beyond the pretrain split: there is nothing to re-rank in these data")
         frame = frame_of(ctx, table)
-    rows = publish(ctx, "candidates", frame, EXPERIMENT)
-    made = read(ctx, "candidates").where(F.col("night") == EXPERIMENT["night"])
-    features = publish(ctx, "candidate_features", with_features(ctx, made), EXPERIMENT)
+    rows = publish(ctx, "candidates", frame, {"night": EXPERIMENT})
+    made = read(ctx, "candidates").where(F.col("night") == EXPERIMENT)
+    features = publish(ctx, "candidate_features", with_features(ctx, made), {"night": EXPERIMENT})
     detail = ceilings(ctx)
     ctx.log(f"candidates: {detail}")
     return Result(rows_in=rows, rows_out=rows + features, detail=detail)
@@ -187,7 +187,7 @@ def _as_contract(rows: DataFrame) -> DataFrame:
         F.when(F.col("target_id").isNotNull(), F.array_position("slate.item_id", F.col("target_id")).cast("int")).alias("target_rank"),
         F.lit(None).cast("int").alias("full_rank"),
         slice_of(F.col("as_of"), last["event_date"], last["day_known"]).alias("slice"),
-        F.lit(EXPERIMENT["night"]).alias("night"),
+        F.lit(EXPERIMENT).alias("night"),
     )
 
 
@@ -283,7 +283,7 @@ def row_of(cfg: Config, row: dict[str, Any], fit: str, model_id: str, items: lis
         "grades": [int(item == target) for item in items[:n]],
         "target_rank": rank if rank and rank <= n else None,
         "full_rank": rank,
-        "night": row.get("night", EXPERIMENT["night"]),
+        "night": row.get("night", EXPERIMENT),
     }
 
 

@@ -18,8 +18,8 @@ from pyspark.sql import DataFrame
 from gr2.config import Config
 from gr2.context import Context, Result
 from gr2.pipeline import get, settings_of
-from schemas.lake import UPKEEP
 from spark_jobs.publish import RETRIES, Overtaken
+from spark_jobs.session import read
 
 
 @dataclass(frozen=True)
@@ -36,18 +36,17 @@ class Built:
         return json.dumps({"source": self.source, "version": self.version, "settings": self.settings}, sort_keys=True)
 
 
-def building(cfg: Config, ctx: Context, stage: str, target: str, source: str, **known: Any) -> Built:
+def building(cfg: Config, ctx: Context, stage: str, target: str, source: str) -> Built:
     """What a build of `target` that begins now is made from. Raises MissingInputError without the source."""
     base = ctx.lake.version(target) if ctx.lake.exists(target) else -1
-    return Built(source, ctx.lake.version(source), {**settings_of(get(stage), cfg), **known}, base)
+    return Built(source, ctx.lake.version(source), dict(settings_of(get(stage), cfg)), base)
 
 
 def last_built(ctx: Context, target: str, now: Built) -> Built | None:
     """How the rows of `target` were made, if the last commit that changed them says so, of the same source and by the same code."""
     if now.base < 0:
         return None
-    commits = [c for c in ctx.lake.open(target).history() if c["version"] <= now.base and c.get("operation") not in UPKEEP]
-    told = json.loads(commits[0].get("userMetadata") or "{}") if commits else {}
+    told = json.loads(ctx.lake.content_commit(target).get("userMetadata") or "{}")
     same = ("config", "code")
     if told.get("source") != now.source or any(told["settings"].get(k) != now.settings[k] for k in same):
         return None
@@ -56,12 +55,11 @@ def last_built(ctx: Context, target: str, now: Built) -> Built | None:
 
 def added(ctx: Context, now: Built, before: Built) -> DataFrame | None:
     """Rows that the source gained between two builds; nothing where its change feed does not reach back so far."""
-    path = str(ctx.table_path(now.source))
     if before.version >= now.version:
-        return ctx.spark.read.format("delta").load(path).limit(0)
+        return read(ctx, now.source).limit(0)
     feed = ctx.spark.read.format("delta").option("readChangeFeed", "true").option("startingVersion", before.version + 1)
     try:
-        changed = feed.option("endingVersion", now.version).load(path)
+        changed = feed.option("endingVersion", now.version).load(str(ctx.table_path(now.source)))
         changed.schema  # noqa: B018  (resolves the versions, or fails)
     except PySparkException as error:
         ctx.log(f"{now.source}: its change feed does not reach back to version {before.version} ({str(error).splitlines()[0][:120]})")

@@ -17,6 +17,7 @@ from collections import Counter
 import schemas
 from gr2.config import Config
 from gr2.context import Context, Result
+from spark_jobs.session import alter
 
 DAY = 86_400.0  # seconds
 LOG_DAYS = 30  # how long Delta keeps a log unless it is told otherwise
@@ -80,5 +81,4 @@ def keep_log(ctx: Context, name: str, days: int) -> None:
     """Has Delta keep a table's log for so many days, if it keeps it shorter."""
     found = ctx.lake.open(name).metadata().configuration.get("delta.logRetentionDuration", f"interval {LOG_DAYS} days")
     if int(found.split()[1]) < days:
-        path = str(ctx.table_path(name)).replace("`", "``")
-        ctx.spark.sql(f"ALTER TABLE delta.`{path}` SET TBLPROPERTIES ('delta.logRetentionDuration' = 'interval {days:d} days')")
+        alter(ctx, name, f"SET TBLPROPERTIES ('delta.logRetentionDuration' = 'interval {days:d} days')")

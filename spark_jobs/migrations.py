@@ -12,6 +12,7 @@ from gr2.context import Context
 from gr2.errors import AuditError
 from gr2.pipeline import builder_of
 from schemas.base import Table
+from spark_jobs.session import alter, read
 
 
 def migrate(ctx: Context, table: Table, wanted: StructType, properties: dict[str, str], whole: bool) -> bool:
@@ -19,9 +20,8 @@ def migrate(ctx: Context, table: Table, wanted: StructType, properties: dict[str
 
     Raises AuditError where the table must be replaced whole, and is not about to be.
     """
-    path = str(ctx.table_path(table.name)).replace("`", "``")
     opened = ctx.lake.open(table.name)
-    had = {f.name: f.dataType for f in ctx.spark.read.format("delta").load(str(ctx.table_path(table.name))).schema.fields}
+    had = {f.name: f.dataType for f in read(ctx, table.name).schema.fields}
     meta = opened.metadata()
     new = [f for f in wanted.fields if f.name not in had]
     other = [f.name for f in wanted.fields if f.name in had and had[f.name].simpleString() != f.dataType.simpleString()]
@@ -30,15 +30,15 @@ def migrate(ctx: Context, table: Table, wanted: StructType, properties: dict[str
         if table.mode == "insert" or not whole:
             raise AuditError(_refusal(table, str(meta.configuration.get("gr2.version")), other))
         if "delta.constraints.laws" in meta.configuration:  # it may name a column that goes; the next publish sets it again
-            ctx.spark.sql(f"ALTER TABLE delta.`{path}` DROP CONSTRAINT laws")
+            alter(ctx, table.name, "DROP CONSTRAINT laws")
         return True
     for field in new:
         comment = (field.metadata or {}).get("comment", "").replace("'", "''")
-        ctx.spark.sql(f"ALTER TABLE delta.`{path}` ADD COLUMNS ({field.name} {field.dataType.simpleString()} COMMENT '{comment}')")
+        alter(ctx, table.name, f"ADD COLUMNS ({field.name} {field.dataType.simpleString()} COMMENT '{comment}')")
     due = {k: v for k, v in properties.items() if meta.configuration.get(k) != v}
     if due:
-        said = ", ".join(f"'{k}' = '{v}'" for k, v in due.items())  # from the contract, never from input
-        ctx.spark.sql(f"ALTER TABLE delta.`{path}` SET TBLPROPERTIES ({said})")
+        said = ", ".join(f"'{k}' = '{v}'" for k, v in due.items())
+        alter(ctx, table.name, f"SET TBLPROPERTIES ({said})")
     return False
 
 

@@ -12,23 +12,24 @@ are those of their last active night.
 
 import datetime as dt
 import hashlib
-import json
 
 import pyarrow as pa
-from pyspark.sql import Column, DataFrame
+from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 import schemas
 from gr2.artifacts import Artifact
 from gr2.config import Config
 from gr2.context import Context, Result
+from gr2.pipeline import read_record, write_record
 from spark_jobs import evidence
 from spark_jobs.candidates import ranked
 from spark_jobs.features import with_features
-from spark_jobs.publish import publish
+from spark_jobs.publish import publish, rows_hash
 from spark_jobs.session import frame_of, read
 
 PRERANKER = "midtrain-refit"
+RECORD = "lists"  # of a night, beside those of its stages: what its lists were made from
 
 
 def build(cfg: Config, ctx: Context, night: dt.date) -> Result:
@@ -36,13 +37,11 @@ def build(cfg: Config, ctx: Context, night: dt.date) -> Result:
     model = ctx.model(PRERANKER, "midtrain")
     there = set(ctx.lake.read("candidates", ["night"], split="live")["night"].to_pylist()) if ctx.lake.exists("candidates") else set()
     known = made_from(ctx, sorted({night, *map(dt.date.fromisoformat, there)}), model.id)
-    due = [n for n, print_ in known.items() if n == night or _mark(ctx, n) != print_]
+    due = [n for n, print_ in known.items() if n == night or read_record(Context(cfg, n), RECORD).get("made_from") != print_]
     counts = {}
     for each in due:
         counts[str(each)] = _lists(cfg, ctx, each, model, known[each])
-        path = ctx.night_runs(each) / "lists.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(known[each]))
+        write_record(Context(cfg, each), RECORD, {"made_from": known[each]})
     if len(due) > 1:
         ctx.log(f"candidates: what arrived late changed the past of {len(due) - 1} other nights: their lists were made again")
     total = sum(counts.values())
@@ -65,11 +64,13 @@ def _lists(cfg: Config, ctx: Context, night: dt.date, model: Artifact, print_: s
 
 def made_from(ctx: Context, nights: list[dt.date], preranker: str) -> dict[dt.date, str]:
     """Night -> a hash of the pre-ranker and the catalogue as of the night, `-`, a hash of all that users had done by then."""
-    acts = read(ctx, "interactions").groupBy("event_date").agg(_sum("user_id", "ordinal", "item_id", "event_date").alias("sum"))
+    acts = read(ctx, "interactions").groupBy("event_date").agg(rows_hash("user_id", "ordinal", "item_id", "event_date").alias("sum"))
     tokenizer = ctx.model("tokenizer", "tokenizer").id
     codes = read(ctx, "semantic_ids").where(F.col("tokenizer") == tokenizer).select("item_id", "token_text")
     day = F.coalesce("first_seen", F.lit("1970-01-01").cast("date"))
-    items = read(ctx, "items").join(codes, on="item_id").groupBy(day.alias("event_date")).agg(_sum("item_id", "token_text").alias("sum"))
+    items = (
+        read(ctx, "items").join(codes, on="item_id").groupBy(day.alias("event_date")).agg(rows_hash("item_id", "token_text").alias("sum"))
+    )
     sums = [[(row["event_date"], int(row["sum"])) for row in frame.collect()] for frame in (items, acts)]
 
     def of(night: dt.date, part: int, salt: str) -> str:
@@ -77,17 +78,6 @@ def made_from(ctx: Context, nights: list[dt.date], preranker: str) -> dict[dt.da
         return hashlib.sha256(f"{salt}:{total}".encode()).hexdigest()[:12]
 
     return {night: f"{of(night, 0, preranker)}-{of(night, 1, '')}" for night in nights}
-
-
-def _sum(*columns: str) -> Column:
-    """An order-free hash of rows."""
-    return F.sum(F.xxhash64(*columns).cast("decimal(38,0)"))
-
-
-def _mark(ctx: Context, night: dt.date) -> str:
-    """What a night's lists were made from; empty where that is not known."""
-    path = ctx.night_runs(night) / "lists.json"
-    return str(json.loads(path.read_text())) if path.exists() else ""
 
 
 def requests(histories: DataFrame, night: dt.date, catalogue: str) -> DataFrame:

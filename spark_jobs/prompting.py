@@ -20,6 +20,7 @@ from gr2.config import Config, Prompt
 from gr2.context import Context
 from gr2.errors import AuditError, ModelError
 from gr2.prompts import Candidate, HistoryItem, Mode, Template, View, load_template, make_view, prefill, render
+from schemas.candidates import EXPERIMENT
 from scoring.engine import seed_of
 from scoring.model import encode_all, prompt_text
 
@@ -31,7 +32,7 @@ FEATURES = tuple(name for name in schemas.get("candidate_features").names() if n
 class Requests:
     """The requests of a split with their evidence. Python objects are made one request at a time, so a split of any length fits."""
 
-    def __init__(self, ctx: Context, cfg: Config, split: str, request_ids: Collection[str] | None = None, night: str = "none") -> None:
+    def __init__(self, ctx: Context, cfg: Config, split: str, request_ids: Collection[str] | None = None, night: str = EXPERIMENT) -> None:
         part = {"split": split, "night": night}
         requests = ctx.lake.read("candidates", [*REQUEST, "target_id", "target_rank", "slice"], order_by=["request_id"], **part)
         features = ctx.lake.read("candidate_features", order_by=["request_id", "incoming_rank"], **part)
@@ -86,7 +87,12 @@ class Requests:
 
 
 def views(
-    ctx: Context, cfg: Config, split: str, request_ids: Collection[str] | None = None, replicas: Sequence[int] = (0,), night: str = "none"
+    ctx: Context,
+    cfg: Config,
+    split: str,
+    request_ids: Collection[str] | None = None,
+    replicas: Sequence[int] = (0,),
+    night: str = EXPERIMENT,
 ) -> Iterator[tuple[dict[str, Any], View]]:
     """(row of `candidates` with `replica`, view) of a split's requests, or of those named; of a night's, for split live.
 

@@ -5,7 +5,6 @@ atomic Delta commit publishes it. A failed audit publishes nothing, keeps the st
 Content that equals what is published makes no new version, so a rerun leaves even the versions as they were.
 """
 
-import re
 import shutil
 import time
 import uuid
@@ -16,16 +15,18 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 from delta.tables import DeltaTable
 from pyspark.errors import PySparkException
-from pyspark.sql import DataFrame
+from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 from pyspark.sql.types import ArrayType, StructType
 
 import schemas
 from gr2.context import Context
-from gr2.errors import AuditError, GR2Error, InputError
+from gr2.errors import AuditError, GR2Error
 from schemas.base import Table
+from schemas.lake import HISTORY
 from spark_jobs.migrations import migrate
+from spark_jobs.session import alter
 from validation import suites
 
 if TYPE_CHECKING:
@@ -114,17 +115,18 @@ def conform(table: Table, frame: DataFrame) -> DataFrame:
 
 def content_hash(table: Table, frame: DataFrame) -> tuple[int, str]:
     """Rows and an order-free hash of the stable columns: equal for equal content (DESIGN contract 1)."""
-    row = frame.agg(F.count(F.lit(1)).alias("rows"), _hash_of(table)).collect()[0]
+    row = frame.agg(F.count(F.lit(1)).alias("rows"), rows_hash(*table.stable()).alias("content")).collect()[0]
     return int(row["rows"]), str(row["content"] or 0)
 
 
-def _hash_of(table: Table) -> Any:
-    return F.sum(F.xxhash64(*table.stable()).cast("decimal(38,0)")).alias("content")
+def rows_hash(*columns: str) -> Column:
+    """An order-free hash of all rows, an aggregate."""
+    return F.sum(F.xxhash64(*columns).cast("decimal(38,0)"))
 
 
 def _audit(ctx: Context, table: Table, written: DataFrame, partition: Partition | None, staged: Path) -> dict[str, float]:
     """One aggregation over what was written; then the table's suite over the aggregates."""
-    aggregates = [F.count(F.lit(1)).alias("rows"), _hash_of(table)]
+    aggregates = [F.count(F.lit(1)).alias("rows"), rows_hash(*table.stable()).alias("content")]
     for rule, predicate in suites.rules(table, partition).items():
         aggregates.append(F.count_if(~F.coalesce(F.expr(predicate), F.lit(True))).alias(rule))
     observed = written.agg(*aggregates).collect()[0].asDict()
@@ -168,7 +170,7 @@ def _ensure(ctx: Context, table: Table, whole: bool) -> tuple[DeltaTable, bool]:
     found = DeltaTable.forPath(ctx.spark, path)
     if table.laws and not reshaped and "delta.constraints.laws" not in ctx.lake.open(table.name).metadata().configuration:
         predicate = " AND ".join(f"({law})" for law in table.laws.values())  # from the contract, never from input
-        ctx.spark.sql("ALTER TABLE delta.`{}` ADD CONSTRAINT laws CHECK ({})".format(path.replace("`", "``"), predicate))
+        alter(ctx, table.name, f"ADD CONSTRAINT laws CHECK ({predicate})")
     return found, reshaped
 
 
@@ -195,8 +197,7 @@ def _replace(
         writer.option("userMetadata", built.metadata()).save(path)
     except PySparkException as error:
         raise (Overtaken(f"{table.name}: another run changed the same partitions") if _conflict(error) else error) from None
-    commits = ctx.lake.open(table.name).history()
-    mine = next(c for c in commits if c.get("userMetadata") == built.metadata())
+    mine = next(c for c in ctx.lake.open(table.name).history(HISTORY) if c.get("userMetadata") == built.metadata())
     if built.base >= 0 and mine["readVersion"] != built.base:  # it came between the look above and the commit
         raise Overtaken(f"{table.name}: version {mine['readVersion']} was published since version {built.base} was read")
 
@@ -218,15 +219,8 @@ def _insert(ctx: Context, table: Table, target: DeltaTable, written: DataFrame) 
 
 
 def _predicate(partition: Partition, prefix: str = "") -> str:
-    """`replaceWhere` takes text only: values are held to a narrow alphabet."""
-    parts = []
-    for column, wanted in partition.items():
-        values = sorted([wanted] if isinstance(wanted, str) else wanted)
-        for value in values:
-            if not re.fullmatch(r"[A-Za-z0-9_.:@+-]+", value):
-                raise InputError(f"partition value {value!r} has characters other than letters, digits and _.:@+-")
-        parts.append(f"{prefix}{column} IN ({', '.join(repr(v) for v in values)})")
-    return " AND ".join(parts)
+    """`replaceWhere` and MERGE take text only. Raises InputError for a value that is no plain name."""
+    return " AND ".join(suites.membership(f"{prefix}{column}", wanted) for column, wanted in partition.items())
 
 
 def _conflict(error: PySparkException) -> bool:

@@ -36,6 +36,7 @@ from gr2.context import Context, Result
 from gr2.errors import EngineError, MissingInputError, ModelError
 from gr2.prompts import LABELS, Mode, View, prompt_hash
 from schemas.base import DOUBLE, FLOAT, INT, STRING, list_of
+from schemas.candidates import EXPERIMENT
 from scoring.engine import Ask, seed_of
 from scoring.model import encode_all, load_tokenizer
 from spark_jobs.engine_pool import Spec, engine_for, on_workers, portable, worker_errors
@@ -129,11 +130,15 @@ def chosen(cfg: Config, ctx: Context, split: str) -> tuple[list[str], list[str]]
 
 def asks(cfg: Config, ctx: Context, models: list[Artifact]) -> pa.Table:
     """One row for each answer that the table does not hold yet (schema ASKED)."""
-    known = _known(cfg, ctx, models)
+    nights = nights_of(ctx, models) if ctx.date else [EXPERIMENT]
+    known = _known(ctx, models, nights)
     renderers = _renderers(cfg, models)
     parts = [ASKED.empty_table()]
     modes = modes_of(cfg, ctx)
-    shown = [(_shown(cfg, ctx, split), modes) for split in (("live",) if ctx.date else cfg.scoring.splits)]
+    if ctx.date:
+        shown = [(views(ctx, cfg, "live", night=night), modes) for night in nights]
+    else:
+        shown = [(_shown(cfg, ctx, split), modes) for split in cfg.scoring.splits]
     if not ctx.date and cfg.release.gate and "valid" not in cfg.scoring.splits:
         shown.append((_gate_views(cfg, ctx), dict(cfg.scoring.live)))
     for stream, asked in shown:
@@ -150,10 +155,6 @@ Shown = tuple[dict[str, Any], View]
 
 
 def _shown(cfg: Config, ctx: Context, split: str) -> Iterator[Shown]:
-    if ctx.date:
-        for night in nights_of(cfg, ctx):
-            yield from views(ctx, cfg, split, night=night)
-        return
     scored, audited = chosen(cfg, ctx, split)
     once = tuple(range(cfg.scoring.replicas))
     again = tuple(range(cfg.scoring.replicas, cfg.scoring.audit_replicas))
@@ -162,9 +163,9 @@ def _shown(cfg: Config, ctx: Context, split: str) -> Iterator[Shown]:
         yield from views(ctx, cfg, split, audited, again)
 
 
-def nights_of(cfg: Config, ctx: Context) -> list[str]:
+def nights_of(ctx: Context, models: list[Artifact]) -> list[str]:
     """The night, and others that these models answered for and whose lists were made again since."""
-    ids = [model.id for model in scored_models(cfg, ctx)]
+    ids = [model.id for model in models]
     lists = ctx.lake.read("candidates", ["night", "request_id"], split="live")
     scored = (
         ctx.lake.read("rerank_scores", ["night", "request_id"], split="live", model_id=ids)
@@ -247,10 +248,10 @@ def _ask(cfg: Config, model: Artifact, mode: Mode, row: dict[str, Any], view: Vi
     }
 
 
-def _known(cfg: Config, ctx: Context, models: list[Artifact]) -> set[tuple[Any, ...]]:
+def _known(ctx: Context, models: list[Artifact], nights: list[str]) -> set[tuple[Any, ...]]:
     if not ctx.lake.exists("rerank_scores"):
         return set()
-    table = ctx.lake.read("rerank_scores", list(KEY), model_id=[m.id for m in models], night=nights_of(cfg, ctx) if ctx.date else "none")
+    table = ctx.lake.read("rerank_scores", list(KEY), model_id=[m.id for m in models], night=nights)
     return set(zip(*(table[k].to_pylist() for k in KEY), strict=True))
 
 
@@ -335,7 +336,7 @@ def label_priors(ctx: Context, answered: pa.Table) -> dict[str, dict[str, float]
     ids = answered["model_id"].unique().to_pylist()
     if ctx.lake.exists("rerank_scores"):
         columns = ["model_id", "mode", "labels", "label_logprobs"]
-        part = {"model_id": ids, "mode": "score", "night": "none"}
+        part = {"model_id": ids, "mode": "score", "night": EXPERIMENT}
         earlier = ctx.lake.read("rerank_scores", columns, ["request_id", "replica"], **part).rename_columns(answered.column_names)
         tables = [earlier] if ctx.date and earlier.num_rows else [answered, earlier]
     for table in tables:

@@ -67,6 +67,12 @@ def read(ctx: Context, name: str, version: int | None = None) -> DataFrame:
     return (reader if version is None else reader.option("versionAsOf", version)).load(str(ctx.table_path(name)))
 
 
+def alter(ctx: Context, name: str, change: str) -> None:
+    """ALTER TABLE of a table. `change` comes from a contract, never from input."""
+    path = str(ctx.table_path(name)).replace("`", "``")
+    ctx.spark.sql(f"ALTER TABLE delta.`{path}` {change}")
+
+
 def frame_of(ctx: Context, table: pa.Table) -> DataFrame:
     """An Arrow table as a Spark frame. In one piece: Spark silently drops the rows that follow an empty chunk."""
     return ctx.spark.createDataFrame(table.combine_chunks())

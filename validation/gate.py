@@ -10,6 +10,7 @@ from typing import Any
 from gr2.config import Config
 from gr2.context import Context
 from gr2.metrics import paired_bootstrap, values
+from schemas.candidates import EXPERIMENT
 from schemas.lake import Lake
 from validation.findings import Finding, finding
 
@@ -43,7 +44,7 @@ def compare(cfg: Config, ctx: Context) -> Finding | None:
 def target_ranks(lake: Lake, model_id: str, mode: str) -> dict[tuple[str, str], float]:
     """(request, target) -> the target's place in the order that the model gave, from 1; infinite where it is in no list or no answer."""
     columns = ["request_id", "target_id", "target_rank"]
-    lists = lake.read("candidates", columns, ["request_id"], split="valid", night="none").to_pylist()
+    lists = lake.read("candidates", columns, ["request_id"], split="valid", night=EXPERIMENT).to_pylist()
     scores = lake.read("rerank_scores", ["request_id", "new_order"], ["request_id"], model_id=model_id, mode=mode, split="valid", replica=0)
     orders: dict[str, Any] = dict(zip(scores["request_id"].to_pylist(), scores["new_order"].to_pylist(), strict=True))
     found = {}

@@ -8,6 +8,7 @@ import contextlib
 import io
 import json
 import logging
+import re
 from collections.abc import Collection, Mapping
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from gr2.errors import InputError
 from schemas.base import Table
 
 
@@ -32,9 +34,17 @@ def rules(table: Table, partition: Mapping[str, str | Collection[str]] | None = 
         if pa.types.is_floating(column.type):
             found[f"finite({column.name})"] = f"NOT isnan({column.name})"
     for name, wanted in (partition or {}).items():
-        values = ", ".join(f"'{v}'" for v in sorted([wanted] if isinstance(wanted, str) else wanted))
-        found[f"in_partition({name})"] = f"{name} IN ({values})"
+        found[f"in_partition({name})"] = membership(name, wanted)
     return found
+
+
+def membership(column: str, wanted: str | Collection[str]) -> str:
+    """SQL: the column has the value, or one of the values. They are held to a narrow alphabet: raises InputError for any other."""
+    values = sorted([wanted] if isinstance(wanted, str) else wanted)
+    for value in values:
+        if not re.fullmatch(r"[A-Za-z0-9_.:@+-]+", value):
+            raise InputError(f"partition value {value!r} has characters other than letters, digits and _.:@+-")
+    return f"{column} IN ({', '.join(repr(v) for v in values)})"
 
 
 def validate(table: Table, observed: dict[str, Any], folder: Path) -> list[str]:
