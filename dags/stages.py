@@ -23,6 +23,7 @@ SETTINGS = Param(
     [], type="array", items={"type": "string", "pattern": SETTING, "maxLength": 200}, maxItems=20, description="As --set: key=value."
 )
 DEFAULTS = {"retries": 2, "retry_delay": dt.timedelta(minutes=1), "retry_exponential_backoff": True}
+CLUSTER = os.environ.get("GR2_SPARK_CONN", "")  # a Spark connection: then Spark stages are submitted to it (`submit.py`)
 GPU_POOL = "gpu"  # one slot a GPU (or one, where there is none): `gr2 airflow` makes it
 LISTS = Asset("gr2://nightly/lists")  # a night's re-scored lists
 WANTED = Asset("gr2://retrain/wanted")  # drift, or a person, asks for new models
@@ -79,22 +80,32 @@ def tell(context: Any) -> None:
             logging.getLogger("gr2").warning("the alert could not be sent: %s", type(error).__name__)
 
 
+def day_of(params: dict[str, Any], ds: str | None, of_day: bool) -> str | None:
+    """The day that a run processes; none for a run of no day. Raises AirflowFailException where one is needed and not said."""
+    date = None if not of_day else ds if params["date"] == "run" else params["date"]
+    if of_day and not date:
+        raise AirflowFailException("this run has no logical date: say the day, {'date': 'YYYY-MM-DD'}")
+    return date
+
+
 def stage_task(stage: Stage, of_day: bool, outlets: list[Asset] | None = None) -> Any:
     """A task that runs one stage for the run's profile (and its day)."""
+    pool = GPU_POOL if stage.gpu else "default_pool"
+    if CLUSTER and not stage.trains and stage.name != "drift":  # what drift found is read from its last line
+        from dags.submit import StageSubmit
+
+        return StageSubmit(stage=stage, of_day=of_day, conn_id=CLUSTER, pool=pool, outlets=outlets or [])
 
     @task(
         task_id=stage.name,
         doc_md=f"`gr2 stage {stage.name}` reads {', '.join(stage.reads + stage.uses) or 'raw files'}.",
-        pool=GPU_POOL if stage.gpu else "default_pool",
+        pool=pool,
         outlets=outlets or [],
         on_failure_callback=tell,
     )
     def run_stage(params: dict[str, Any] | None = None, ds: str | None = None) -> str:
         chosen = params or {}
-        date = None if not of_day else ds if chosen["date"] == "run" else chosen["date"]
-        if of_day and not date:
-            raise AirflowFailException("this run has no logical date: say the day, {'date': 'YYYY-MM-DD'}")
-        return call(stage.name, chosen["profile"], date, list(chosen["settings"]))
+        return call(stage.name, chosen["profile"], day_of(chosen, ds, of_day), list(chosen["settings"]))
 
     return run_stage()
 

@@ -23,6 +23,7 @@ from gr2.errors import ConfigError
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_+.-]*$")]
+PLACE = r"^([a-z0-9]+://([\w-]+@)?[\w.-]*(:\d+)?)?(/[\w.=/-]*)?$"  # a folder or a URL, without a password
 
 
 class Section(BaseModel):
@@ -32,9 +33,10 @@ class Section(BaseModel):
 
 
 class Paths(Section):
-    """`root` holds everything that a run writes: tables, models, reports, logs. Nothing is written elsewhere."""
+    """`root` holds everything that a run writes: tables, models, reports, logs. Nothing is written elsewhere, but for tables in `lake`."""
 
     root: Path = Path("var/demo")
+    lake: str = Field("", pattern=PLACE)  # where tables and their staging lie, if not under root: a URL that every node reaches
 
 
 class Files(Section):

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -40,6 +41,7 @@ class Context:
         self.date = date
         self.root = cfg.paths.root if cfg.paths.root.is_absolute() else Path.cwd() / cfg.paths.root
         self.pins: dict[str, dict[str, Any]] = self._read_draft()
+        self._pinning = threading.Lock()  # a stage may publish two tables side by side
 
     # -- identity -------------------------------------------------------------------------------------------------
 
@@ -59,9 +61,14 @@ class Context:
 
     # -- places ---------------------------------------------------------------------------------------------------
 
-    def table_path(self, name: str) -> Path:
-        """Folder of a Delta table."""
-        return self.root / "tables" / name
+    @property
+    def place(self) -> str:
+        """Folder or URL under which `tables` and `staging` lie: paths.lake, else the root."""
+        return self.cfg.paths.lake.rstrip("/") or str(self.root)
+
+    def table_path(self, name: str) -> str:
+        """Folder or URL of a Delta table."""
+        return f"{self.place}/tables/{name}"
 
     def work(self, *parts: str) -> Path:
         """A folder for files between a trainer and the job that publishes them; made if need be, always under the root."""
@@ -86,7 +93,7 @@ class Context:
     @cached_property
     def lake(self) -> Any:
         """Delta tables without a JVM (`schemas.lake.Lake`)."""
-        return importlib.import_module("schemas.lake").Lake(self.root)
+        return importlib.import_module("schemas.lake").Lake(self.place)
 
     @cached_property
     def spark(self) -> Any:
@@ -110,13 +117,14 @@ class Context:
 
     def pin(self, kind: str, name: str, version: int | str) -> None:
         """Adds a table's version or a model's hash to the draft release (DESIGN contract 6)."""
-        self.pins = self._read_draft()
-        self.pins.setdefault(kind, {})[name] = version
         path = self.runs / "draft.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(self.pins, indent=1, sort_keys=True))
-        os.replace(temporary, path)
+        with self._pinning:
+            self.pins = self._read_draft()
+            self.pins.setdefault(kind, {})[name] = version
+            temporary = path.with_suffix(f".{os.getpid()}")
+            temporary.write_text(json.dumps(self.pins, indent=1, sort_keys=True))
+            os.replace(temporary, path)
 
     def _read_draft(self) -> dict[str, dict[str, Any]]:
         path = self.runs / "draft.json"

@@ -55,7 +55,7 @@ def _emit(
         def facets(version: int) -> dict[str, Any]:
             return {"version": dataset_version_dataset.DatasetVersionDatasetFacet(str(version))}
 
-        place = Path(ctx.root).resolve().as_uri()
+        place = ctx.place if "://" in ctx.place else Path(ctx.place).resolve().as_uri()
         about: dict[str, Any] = {"errorMessage": error_message_run.ErrorMessageRunFacet(failure, "python")} if failure else {}
         event = RunEvent(
             eventType=RunState[state],

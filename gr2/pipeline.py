@@ -162,7 +162,7 @@ STAGES = (
         "drift",
         "spark_jobs.drift",
         ("drift", "scoring"),
-        ("events", "histories", "semantic_ids", "rerank_scores"),
+        ("events", "interactions", "semantic_ids", "rerank_scores"),
         ("audits",),
         flows=("night",),
     ),

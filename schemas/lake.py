@@ -9,7 +9,7 @@ import pyarrow.dataset as ds
 from deltalake import DeltaTable
 
 import schemas
-from gr2.errors import MissingInputError
+from gr2.errors import EnvironmentProblem, MissingInputError
 from gr2.pipeline import builder_of
 
 UPKEEP = ("OPTIMIZE", "VACUUM START", "VACUUM END", "SET TBLPROPERTIES")
@@ -17,20 +17,23 @@ HISTORY = 100  # commits that are looked through for the last that changed rows
 
 
 class Lake:
-    """The tables under `root`, each at its latest version, or at the pinned one."""
+    """The tables under `root`, a folder or a URL, each at its latest version, or at the pinned one."""
 
-    def __init__(self, root: Path, pins: dict[str, int] | None = None) -> None:
+    def __init__(self, root: Path | str, pins: dict[str, int] | None = None) -> None:
         self.root = root
         self.pins = pins or {}
 
-    def path(self, name: str) -> Path:
-        """Folder of a table."""
+    def path(self, name: str) -> str:
+        """Folder or URL of a table."""
         schemas.get(name)
-        return self.root / "tables" / name
+        return f"{self.root}/tables/{name}"
 
     def exists(self, name: str) -> bool:
-        """Whether the table was ever published."""
-        return (self.path(name) / "_delta_log").is_dir()
+        """Whether the table was ever published. Raises EnvironmentProblem if its place cannot be reached."""
+        try:
+            return DeltaTable.is_deltatable(self.path(name))
+        except OSError as error:
+            raise EnvironmentProblem(f"{self.root} cannot be reached: {' '.join(str(error).split())[:200]}") from None
 
     def open(self, name: str) -> DeltaTable:
         """The table. Raises MissingInputError naming the stage that builds it."""

@@ -29,7 +29,7 @@ def connect(lake: Lake) -> duckdb.DuckDBPyConnection:
 
 def query(ctx: Context, text: str, latest: bool = False) -> pa.Table:
     """The result of one query. Raises InputError with DuckDB's own message for a bad one."""
-    lake = Lake(ctx.root, {} if latest else ctx.promoted.get("tables"))
+    lake = Lake(ctx.place, {} if latest else ctx.promoted.get("tables"))
     try:
         return connect(lake).sql(text).to_arrow_table()
     except (duckdb.Error, AttributeError) as error:

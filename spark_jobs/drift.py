@@ -1,6 +1,6 @@
 """Stage `drift`, of a night: do the day's events, items and answers look like those before? (`validation/drift.py`)
 
-Reads   `events`, `interactions`, `histories`, `item_stats`, `items`, `semantic_ids`, `candidates`, `rerank_scores`.
+Reads   `events`, `interactions`, `item_stats`, `items`, `semantic_ids`, `candidates`, `rerank_scores`.
 Writes  the night's partition of `audits` (one check of one run; run_id, stage, audit, subject).
 Rerun   the partition is replaced; equal tables give equal figures.
 Run     gr2 stage drift --profile demo --date 2026-01-28

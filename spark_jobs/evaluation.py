@@ -254,7 +254,7 @@ def _replace_run(ctx: Context, table: str, rows: Iterable[dict[str, Any]]) -> in
     there = {r for r in ctx.lake.read(table, ["run_id"])["run_id"].unique().to_pylist()}
     stale = sorted(r for r in there if r != ctx.run_id and r.rsplit("-", 1)[0] == day)
     if stale:
-        DeltaTable.forPath(ctx.spark, str(ctx.table_path(table))).delete(F.col("run_id").isin(stale))
+        DeltaTable.forPath(ctx.spark, ctx.table_path(table)).delete(F.col("run_id").isin(stale))
         ctx.pin("tables", table, ctx.lake.version(table))
     return count
 

@@ -23,7 +23,7 @@ from gr2.context import Context, Result
 from gr2.errors import AuditError
 from spark_jobs import readers, sources
 from spark_jobs.publish import publish
-from spark_jobs.session import read
+from spark_jobs.session import read, together
 
 FIELDS = ("kind", "user_id", "item_id", "time", "request_id", "row", "col", "propensity", "rating", "position")
 KINDS = ("view", "click", "purchase", "review", "impression")
@@ -156,18 +156,21 @@ def _ingest(cfg: Config, ctx: Context, judged: DataFrame, raw: sources.Raw) -> R
     if rows_in == 0:
         ctx.log("events: nothing to publish")
         return Result(detail=detail)
-    if any(c["unknown"] and c["unknown"] > 0 for c in counts):
-        detail["unknown_columns"] = readers.unknown_columns(judged)
-        ctx.log(f"events: dropped columns that no contract declares: {detail['unknown_columns']}")
-    readers.keep_refused(ctx, judged.where(F.col("reason").isNotNull()), "events", detail["reasons"], rows_in)
-
-    good_rows, fill = judged.where(F.col("reason").isNull()), raw.files.order == "position"
+    unknown = any(c["unknown"] and c["unknown"] > 0 for c in counts)
+    bad_rows, good_rows = judged.where(F.col("reason").isNotNull()), judged.where(F.col("reason").isNull())
+    fill = raw.files.order == "position"
     events = to_events(good_rows, cfg.data.source, cfg.data.period, fill).persist(StorageLevel.MEMORY_AND_DISK)
     try:
-        distinct = events.count()
+        by_period, detail["unknown_columns"], _ = together(
+            events.groupBy("period").count().collect,
+            lambda: readers.unknown_columns(judged) if unknown else {},
+            lambda: readers.keep_refused(ctx, bad_rows, "events", detail["reasons"], rows_in),
+        )
+        if unknown:
+            ctx.log(f"events: dropped columns that no contract declares: {detail['unknown_columns']}")
+        distinct = sum(row["count"] for row in by_period)
         added = publish(ctx, "events", events)
-        periods = [row["period"] for row in events.select("period").distinct().collect()]
-        there = read(ctx, "events").where(F.col("period").isin(*periods)).select("event_id")
+        there = read(ctx, "events").where(F.col("period").isin(*(row["period"] for row in by_period))).select("event_id")
         lost = events.join(there, on="event_id", how="left_anti").count()
     finally:
         events.unpersist()

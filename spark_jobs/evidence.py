@@ -22,7 +22,7 @@ from gr2.config import Config, Evidence
 from gr2.context import Context, Result
 from spark_jobs.increments import added, building, last_built, until_settled
 from spark_jobs.publish import publish
-from spark_jobs.session import read
+from spark_jobs.session import read, values
 
 FITS = {"train": ("pretrain",), "refit": ("pretrain", "rerank")}
 MAX_STEPS = 1000  # interactions of one user in one period that count, the first: a robot must not weigh more than that
@@ -43,12 +43,12 @@ def _build(cfg: Config, ctx: Context) -> Result:
     if changed is None:
         days = publish(ctx, "pair_days", pair_days(interactions, cfg.evidence.window), built=now)
     else:
-        periods = {r[0] for r in changed.select("period").distinct().collect()}
+        periods = values(changed, "period")
         users = interactions.where(F.col("period").isin(*periods)).select("user_id").distinct()
         mine = pair_days(interactions.join(users, on="user_id", how="left_semi"), cfg.evidence.window, periods)
         days = publish(ctx, "pair_days", mine, {"period": periods}, now) if periods else 0
     if ctx.date:
-        return Result(rows_in=interactions.count(), rows_out=days, detail={"pair_days": days})
+        return Result(rows_in=days, rows_out=days, detail={"pair_days": days})
     facts = by_fit(read(ctx, "pair_days"))
     fitted = with_decay(by_fit(interactions), cfg.evidence).persist(StorageLevel.MEMORY_AND_DISK)
     try:

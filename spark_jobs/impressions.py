@@ -15,7 +15,7 @@ from gr2.config import Config
 from gr2.context import Context, Result
 from spark_jobs.increments import added, building, last_built, until_settled
 from spark_jobs.publish import publish
-from spark_jobs.session import read
+from spark_jobs.session import read, values
 
 KINDS = ("impression", "click", "purchase")
 
@@ -33,7 +33,7 @@ def _build(cfg: Config, ctx: Context) -> Result:
     if fresh is not None:
         requests = of_requests(fresh).select("request_id").distinct()
         again = to_impressions(events.join(requests, on="request_id", how="left_semi"))
-        periods = {r[0] for r in again.select("period").distinct().collect()}
+        periods = values(again, "period")
         rest = read(ctx, "impressions", now.base).where(F.col("period").isin(*periods))
         both = rest.join(requests, on="request_id", how="left_anti").unionByName(again)
         rows = publish(ctx, "impressions", both, {"period": periods}, now) if periods else 0

@@ -59,7 +59,7 @@ def added(ctx: Context, now: Built, before: Built) -> DataFrame | None:
         return read(ctx, now.source).limit(0)
     feed = ctx.spark.read.format("delta").option("readChangeFeed", "true").option("startingVersion", before.version + 1)
     try:
-        changed = feed.option("endingVersion", now.version).load(str(ctx.table_path(now.source)))
+        changed = feed.option("endingVersion", now.version).load(ctx.table_path(now.source))
         changed.schema  # noqa: B018  (resolves the versions, or fails)
     except PySparkException as error:
         ctx.log(f"{now.source}: its change feed does not reach back to version {before.version} ({str(error).splitlines()[0][:120]})")

@@ -26,7 +26,7 @@ from gr2.context import Context, Result
 from spark_jobs.events import PERIODS
 from spark_jobs.increments import Built, added, building, last_built, until_settled
 from spark_jobs.publish import publish
-from spark_jobs.session import read
+from spark_jobs.session import read, together, values
 
 TABLES = ("interactions", "histories")
 STRENGTH = {"purchase": 3, "click": 2, "review": 1}
@@ -48,8 +48,10 @@ def _build(cfg: Config, ctx: Context) -> Result:
     now[0].settings["span"] = [str(day) for day in span]
     interactions = to_interactions(acts, cfg.data, cfg.seed, cuts(span, cfg.data)).persist(StorageLevel.MEMORY_AND_DISK)
     try:
-        kept = publish(ctx, "interactions", interactions, built=now[0])
-        as_of = publish(ctx, "histories", to_histories(interactions, cfg.data), built=now[1])
+        kept, as_of = together(
+            lambda: publish(ctx, "interactions", interactions, built=now[0]),
+            lambda: publish(ctx, "histories", to_histories(interactions, cfg.data), built=now[1]),
+        )
         splits = {r["split"]: r["count"] for r in interactions.groupBy("split").count().collect()}
     finally:
         interactions.unpersist()
@@ -95,19 +97,21 @@ def _increment(
     mine = continued(acts, there, fresh, cfg.data, windows).persist(StorageLevel.MEMORY_AND_DISK)
     try:
         changed = mine.join(fresh, on="user_id").where(F.col("event_date") >= F.col("since"))
-        periods = {r[0] for r in changed.select("period").distinct().collect()}
-        moved = periods | {r[0] for r in there.where(_moved(cuts(old, cfg.data), windows)).select("period").distinct().collect()}
+        elsewhere = there.where(_moved(cuts(old, cfg.data), windows))
+        periods, moved = together(lambda: values(changed, "period"), lambda: values(elsewhere, "period"))
+        moved |= periods
         if not moved:
             ctx.log("interactions: nothing new")
             return Result(detail={"periods": 0})
         others = there.where(F.col("period").isin(*moved)).join(fresh, on="user_id", how="left_anti").drop("split")
         others = with_split(others, cfg.data, windows).select(*mine.columns)
-        kept = publish(ctx, "interactions", others.unionByName(mine.where(F.col("period").isin(*moved))), {"period": moved}, now[0])
+        replaced = others.unionByName(mine.where(F.col("period").isin(*moved)))
+        work = [lambda: publish(ctx, "interactions", replaced, {"period": moved}, now[0]), fresh.count]
         if periods:
             rest = read(ctx, "histories", now[1].base).where(F.col("period").isin(*periods)).join(fresh, on="user_id", how="left_anti")
             again = to_histories(mine, cfg.data).where(F.col("period").isin(*periods))
-            publish(ctx, "histories", rest.unionByName(again), {"period": periods}, now[1])
-        users = fresh.count()
+            work.append(lambda: publish(ctx, "histories", rest.unionByName(again), {"period": periods}, now[1]))
+        kept, users, *_ = together(*work)
     finally:
         mine.unpersist()
         fresh.unpersist()

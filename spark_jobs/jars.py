@@ -21,6 +21,11 @@ SHA256 = {
     "unitycatalog-client-0.6.0.jar": "48257499a86b801a3e2372cec55ac226ca1c1c7eabe5c118e7302f29a1fdbc19",
     "unitycatalog-hadoop-0.6.0.jar": "c47b63c961c87102b9e1d63809a0915ba4c86b7652f57c8d39ca3a05b441a150",
 }
+ARTIFACTS = (
+    ("io.delta", "delta-spark_4.2_2.13", DELTA), ("io.delta", "delta-storage", DELTA), ("io.delta", "delta-kernel-api", DELTA),
+    ("io.delta", "delta-kernel-defaults", DELTA), ("io.delta", "delta-kernel-unitycatalog", DELTA),
+    ("io.unitycatalog", "unitycatalog-client", UNITY), ("io.unitycatalog", "unitycatalog-hadoop", UNITY),
+)  # fmt: skip
 
 
 def fetch() -> list[Path]:
@@ -30,7 +35,7 @@ def fetch() -> list[Path]:
     """
     wanted = [JARS / name for name in SHA256]
     if not all(p.exists() for p in wanted):
-        _download()
+        retrieve(ARTIFACTS)
     for path in wanted:
         if not path.exists():
             raise EnvironmentProblem(f"{path.name} could not be fetched: is Maven Central reachable? Try `make setup` again")
@@ -39,28 +44,22 @@ def fetch() -> list[Path]:
     return wanted
 
 
-def _download() -> None:
+def retrieve(artifacts: tuple[tuple[str, str, str], ...], folder: Path = JARS) -> None:
+    """Downloads jars (organisation, name, version), without what they depend on. Raises EnvironmentProblem with what Ivy said."""
     import pyspark
 
     ivy = next((Path(pyspark.__file__).parent / "jars").glob("ivy-*.jar"))
     home = CACHE / "ivy"
     home.mkdir(parents=True, exist_ok=True)
-    lines = [
-        f'<dependency org="{org}" name="{name}" rev="{version}" conf="default->master" transitive="false"/>'
-        for org, name, version in (
-            ("io.delta", "delta-spark_4.2_2.13", DELTA), ("io.delta", "delta-storage", DELTA), ("io.delta", "delta-kernel-api", DELTA),
-            ("io.delta", "delta-kernel-defaults", DELTA), ("io.delta", "delta-kernel-unitycatalog", DELTA),
-            ("io.unitycatalog", "unitycatalog-client", UNITY), ("io.unitycatalog", "unitycatalog-hadoop", UNITY),
-        )
-    ]  # fmt: skip
+    lines = [f'<dependency org="{o}" name="{n}" rev="{v}" conf="default->master" transitive="false"/>' for o, n, v in artifacts]
     recipe = home / "ivy.xml"
     recipe.write_text(
         '<ivy-module version="2.0"><info organisation="gr2" module="jars"/><dependencies>' + "".join(lines) + "</dependencies></ivy-module>"
     )
     command = ["java", "-jar", str(ivy), "-ivy", str(recipe), "-cache", str(home), "-types", "jar", "-m2compatible"]
-    done = subprocess.run([*command, "-retrieve", f"{JARS}/[artifact]-[revision].[ext]"], capture_output=True, text=True, check=False)
+    done = subprocess.run([*command, "-retrieve", f"{folder}/[artifact]-[revision].[ext]"], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise EnvironmentProblem(f"the Delta jars could not be fetched: {done.stdout[-500:]}{done.stderr[-500:]}")
+        raise EnvironmentProblem(f"jars could not be fetched: {done.stdout[-500:]}{done.stderr[-500:]}")
 
 
 if __name__ == "__main__":

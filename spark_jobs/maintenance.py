@@ -14,6 +14,8 @@ import math
 import time
 from collections import Counter
 
+from pyarrow.fs import FileType
+
 import schemas
 from gr2.config import Config
 from gr2.context import Context, Result
@@ -57,7 +59,8 @@ def maintain(cfg: Config, ctx: Context, name: str, pinned: set[int]) -> dict[str
     # younger than keep_days stays, so that a writer at work loses nothing.
     hours, keep = math.ceil(cfg.maintenance.keep_days * 24), sorted(pinned)
     listed = table.vacuum(hours, True, enforce_retention_duration=False, full=True, keep_versions=keep)
-    removed = [file for file in listed if (ctx.table_path(name) / file).exists()]  # it names what went before, too
+    found = table.to_pyarrow_dataset().filesystem.get_file_info(listed)
+    removed = [file for file in found if file.type != FileType.NotFound]  # it names what went before, too
     if removed:  # else a commit would say that nothing happened
         table.vacuum(hours, False, enforce_retention_duration=False, full=True, keep_versions=keep)
     return {k: v for k, v in (("joined_files", joined), ("removed_files", len(removed))) if v}
@@ -73,7 +76,7 @@ def join_files(cfg: Config, ctx: Context, name: str) -> int:
         return 0
     from delta.tables import DeltaTable
 
-    compaction = DeltaTable.forPath(ctx.spark, str(ctx.table_path(name))).optimize().executeCompaction()
+    compaction = DeltaTable.forPath(ctx.spark, ctx.table_path(name)).optimize().executeCompaction()
     return int(compaction.select("metrics.numFilesRemoved").collect()[0][0])
 
 

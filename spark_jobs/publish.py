@@ -5,11 +5,9 @@ atomic Delta commit publishes it. A failed audit publishes nothing, keeps the st
 Content that equals what is published makes no new version, so a rerun leaves even the versions as they were.
 """
 
-import shutil
 import time
 import uuid
 from collections.abc import Callable, Collection, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -26,7 +24,7 @@ from gr2.errors import AuditError, GR2Error
 from schemas.base import Table
 from schemas.lake import HISTORY
 from spark_jobs.migrations import migrate
-from spark_jobs.session import alter
+from spark_jobs.session import alter, remove, together, values
 from validation import suites
 
 if TYPE_CHECKING:
@@ -58,10 +56,10 @@ def publish(ctx: Context, name: str, frame: DataFrame, partition: Partition | No
     table = schemas.get(name)
     where = _predicate(partition) if partition else None  # first of all: it refuses values that are no plain names
     reached("begun", name)
-    staged = ctx.root / "staging" / f"{name}-{uuid.uuid4().hex[:8]}"
-    conform(table, frame).write.parquet(str(staged))
+    staged = f"{ctx.place}/staging/{name}-{uuid.uuid4().hex[:8]}"
+    conform(table, frame).write.parquet(staged)
     reached("staged", name)
-    written = ctx.spark.read.schema(spark_schema(table)).parquet(str(staged))
+    written = ctx.spark.read.schema(spark_schema(table)).parquet(staged)
     observed = _audit(ctx, table, written, partition, staged)
     reached("audited", name)
     target, reshaped = _ensure(ctx, table, whole=partition is None)
@@ -71,7 +69,7 @@ def publish(ctx: Context, name: str, frame: DataFrame, partition: Partition | No
         _replace(ctx, table, written, where, observed, built, reshaped)
         count = int(observed["rows"])
     reached("committed", name)
-    shutil.rmtree(staged, ignore_errors=True)
+    remove(ctx, staged)
     version = ctx.lake.version(name)
     ctx.pin("tables", name, version)
     reached("cleaned", name)
@@ -90,7 +88,9 @@ def properties(table: Table) -> dict[str, str]:
     bare = [c for c in table.columns if not pa.types.is_nested(c.type) and not pa.types.is_boolean(c.type)]
     kept = [c.name for c in bare if not c.long and c.name not in table.partition_by]
     own = {"gr2.version": table.version, "delta.dataSkippingStatsColumns": ",".join(kept)}
-    return {**PROPERTIES, **own, **({"delta.enableChangeDataFeed": "true"} if table.change_feed else {})}
+    feed = {"delta.enableChangeDataFeed": "true"} if table.change_feed else {}
+    few = {"delta.autoOptimize.optimizeWrite": "true"} if table.partition_by else {}  # else a file for each partition and task
+    return {**PROPERTIES, **own, **feed, **few}
 
 
 def spark_schema(table: Table) -> StructType:
@@ -124,15 +124,16 @@ def rows_hash(*columns: str) -> Column:
     return F.sum(F.xxhash64(*columns).cast("decimal(38,0)"))
 
 
-def _audit(ctx: Context, table: Table, written: DataFrame, partition: Partition | None, staged: Path) -> dict[str, float]:
-    """One aggregation over what was written; then the table's suite over the aggregates."""
+def _audit(ctx: Context, table: Table, written: DataFrame, partition: Partition | None, staged: str) -> dict[str, float]:
+    """One aggregation over what was written, its keys counted beside it; then the table's suite over the aggregates."""
     aggregates = [F.count(F.lit(1)).alias("rows"), rows_hash(*table.stable()).alias("content")]
     for rule, predicate in suites.rules(table, partition).items():
         aggregates.append(F.count_if(~F.coalesce(F.expr(predicate), F.lit(True))).alias(rule))
-    observed = written.agg(*aggregates).collect()[0].asDict()
-    for columns in (table.key, *table.unique):
-        distinct = written.select(*columns).distinct().count()
-        observed[f"duplicates({', '.join(columns)})"] = observed["rows"] - distinct
+    keys = (table.key, *table.unique)
+    rows, *distinct = together(written.agg(*aggregates).collect, *(written.select(*columns).distinct().count for columns in keys))
+    observed = rows[0].asDict()
+    for columns, count in zip(keys, distinct, strict=True):
+        observed[f"duplicates({', '.join(columns)})"] = observed["rows"] - count
     broken = suites.validate(table, {k: v for k, v in observed.items() if k != "content"}, ctx.root / "docs" / "suites")
     if broken:
         rule = broken[0]
@@ -141,7 +142,7 @@ def _audit(ctx: Context, table: Table, written: DataFrame, partition: Partition 
         raise AuditError(
             f"{table.name}: nothing published, {len(broken)} rule(s) broken: "
             + "; ".join(f"{r}: {observed[r]} rows" for r in broken)
-            + f"; such as {examples or 'see the staged rows'}; kept in {staged.relative_to(ctx.root)}; "
+            + f"; such as {examples or 'see the staged rows'}; kept in {staged.removeprefix(f'{ctx.place}/')}; "
             f"Data Docs: {(ctx.root / 'docs' / 'suites' / f'{table.name}.html').resolve().as_uri()}"
         )
     return observed
@@ -153,7 +154,7 @@ def _ensure(ctx: Context, table: Table, whole: bool) -> tuple[DeltaTable, bool]:
     It is created by its contract if it is not there: comments, NOT NULL, laws as a CHECK constraint, properties. One that an older
     contract made is brought up to this one (`migrations`); `whole`: all its rows are about to be replaced.
     """
-    path = str(ctx.table_path(table.name))
+    path = ctx.table_path(table.name)
     if not ctx.lake.exists(table.name):
         builder = (
             DeltaTable.createIfNotExists(ctx.spark)
@@ -177,7 +178,7 @@ def _ensure(ctx: Context, table: Table, whole: bool) -> tuple[DeltaTable, bool]:
 def _replace(
     ctx: Context, table: Table, written: DataFrame, where: str | None, observed: dict[str, float], built: "Built | None", reshaped: bool
 ) -> None:
-    path = str(ctx.table_path(table.name))
+    path = ctx.table_path(table.name)
     writer = written.write.format("delta").mode("overwrite")
     if reshaped:
         writer = writer.option("overwriteSchema", "true").partitionBy(*table.partition_by)
@@ -204,18 +205,15 @@ def _replace(
 
 def _insert(ctx: Context, table: Table, target: DeltaTable, written: DataFrame) -> int:
     """Adds the rows whose key is new. Two writers of one key conflict in Delta's log; the later one retries and then finds it."""
-    current = ctx.spark.read.format("delta").load(str(ctx.table_path(table.name)))
     keys = list(table.key)
     on = " AND ".join(f"old.{k} = new.{k}" for k in [*keys, *(c for c in table.partition_by if c not in keys)])
     for column in table.partition_by:  # as values: only so are the other partitions left unread
-        only = {column: [str(r[0]) for r in written.select(column).distinct().collect()]}
+        only = {column: [str(value) for value in values(written, column)]}
         if not only[column]:
             return 0
-        current, on = current.where(_predicate(only)), f"{on} AND {_predicate(only, 'old.')}"
-    if written.join(current.select(keys), on=keys, how="left_anti").isEmpty():
-        return 0
+        on = f"{on} AND {_predicate(only, 'old.')}"
     merge = target.alias("old").merge(written.alias("new"), on).whenNotMatchedInsertAll()
-    return int(_with_retry(merge.execute).collect()[0]["num_inserted_rows"])  # fewer than looked new, where another run came first
+    return int(_with_retry(merge.execute).collect()[0]["num_inserted_rows"])  # none: then nothing is committed
 
 
 def _predicate(partition: Partition, prefix: str = "") -> str:

@@ -2,9 +2,13 @@
 
 import os
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
+import pyspark
 from pyspark.sql import DataFrame, SparkSession
 
 from gr2 import PROJECT
@@ -17,6 +21,10 @@ LOGGING = PROJECT / "conf" / "log4j2.properties"
 # The C1 compiler and the serial collector halve the start of small jobs. Without a larger code cache C1 has 48 MB, which twenty stages in
 # one session fill: then the JVM compiles nothing more and interprets.
 JVM = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC -XX:ReservedCodeCacheSize=256m"
+
+LOCAL = {"spark.driver.bindAddress": "127.0.0.1", "spark.driver.host": "127.0.0.1"}  # nobody else needs to reach the driver
+
+YARN_JARS = f"local:{Path(pyspark.__file__).parent}/jars/*"  # every node has this environment: nothing is uploaded
 
 
 def get_session(cfg: Config, root: Path) -> SparkSession:
@@ -37,8 +45,6 @@ def get_session(cfg: Config, root: Path) -> SparkSession:
         "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
         "spark.ui.enabled": "false",
         "spark.ui.showConsoleProgress": "false",
-        "spark.driver.bindAddress": "127.0.0.1",
-        "spark.driver.host": "127.0.0.1",
         "spark.driver.memory": cfg.spark.driver_memory,
         "spark.local.dir": str(local),
         "spark.sql.warehouse.dir": str(local / "warehouse"),
@@ -48,8 +54,12 @@ def get_session(cfg: Config, root: Path) -> SparkSession:
         "spark.databricks.delta.snapshotPartitions": "2",
         "spark.sql.sources.parallelPartitionDiscovery.parallelism": "2",
         "spark.sql.execution.arrow.pyspark.enabled": "true",
+        "spark.sql.codegen.cache.maxEntries": "2000",  # of 100, twenty stages in one session throw out each other's compiled code
         "spark.driver.extraJavaOptions": f"{JVM} -Dlog4j2.configurationFile={LOGGING.as_uri()}",
-        **({} if cfg.spark.master.startswith("local") else {"spark.jars": ",".join(map(str, jars))}),  # for the executors
+        **(LOCAL if cfg.spark.master.startswith("local") else {"spark.jars": ",".join(map(str, jars))}),  # jars for the executors
+        **(
+            {"spark.yarn.jars": YARN_JARS} if cfg.spark.master == "yarn" and "CONTAINER_ID" not in os.environ else {}
+        ),  # there the submission said it
         **cfg.spark.extra,
     }
     builder = SparkSession.builder.master(cfg.spark.master).appName("gr2")
@@ -64,12 +74,30 @@ def read(ctx: Context, name: str, version: int | None = None) -> DataFrame:
     """A table at its latest version, or at an earlier one. Raises MissingInputError naming the stage that builds it."""
     ctx.lake.open(name)
     reader = ctx.spark.read.format("delta")
-    return (reader if version is None else reader.option("versionAsOf", version)).load(str(ctx.table_path(name)))
+    return (reader if version is None else reader.option("versionAsOf", version)).load(ctx.table_path(name))
+
+
+def together(*jobs: Callable[[], Any]) -> list[Any]:
+    """Results of jobs run side by side: while the driver plans one, the cores work for another. The first error passes through."""
+    with ThreadPoolExecutor(len(jobs)) as threads:
+        return [running.result() for running in [threads.submit(job) for job in jobs]]
+
+
+def values(frame: DataFrame, column: str) -> set[Any]:
+    """The distinct values of a column, collected: a handful."""
+    return {row[0] for row in frame.select(column).distinct().collect()}
+
+
+def remove(ctx: Context, place: str) -> None:
+    """Removes a folder with all that is in it, wherever Spark can write; one that is gone is no error."""
+    jvm, hadoop = ctx.spark._jvm, ctx.spark._jsc.hadoopConfiguration()
+    path = jvm.org.apache.hadoop.fs.Path(place)
+    path.getFileSystem(hadoop).delete(path, True)
 
 
 def alter(ctx: Context, name: str, change: str) -> None:
     """ALTER TABLE of a table. `change` comes from a contract, never from input."""
-    path = str(ctx.table_path(name)).replace("`", "``")
+    path = ctx.table_path(name).replace("`", "``")
     ctx.spark.sql(f"ALTER TABLE delta.`{path}` {change}")
 
 

@@ -23,10 +23,11 @@ INPUTS: dict[str, tuple[tuple[str, ...], str]] = {
         ("events",),
         f"SELECT {NOW}, hour(event_time) // 3 AS bin, count(*) AS n FROM events WHERE {BEFORE} GROUP BY ALL",
     ),
-    "lengths of histories": (
-        ("histories",),
-        """SELECT as_of = $night AS now, log2(length)::INT AS bin, count(*) AS n FROM histories
-        WHERE as_of BETWEEN $first AND $night GROUP BY ALL""",
+    # not how long histories are: in a young log they grow by themselves
+    "choices of a user in a day": (
+        ("interactions",),
+        f"""SELECT now, least(choices, 10) AS bin, count(*) AS n
+        FROM (SELECT {NOW}, user_id, event_date, count(*) AS choices FROM interactions WHERE {BEFORE} GROUP BY ALL) GROUP BY ALL""",
     ),
     "popularity of items chosen": (
         ("interactions", "item_stats"),

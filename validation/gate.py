@@ -26,7 +26,7 @@ def compare(cfg: Config, ctx: Context) -> Finding | None:
         return None
     mode = modes[0]
     was, became = (
-        target_ranks(lake, f"{model}@{digest}", mode) for lake, digest in ((Lake(ctx.root, ctx.promoted["tables"]), old), (ctx.lake, new))
+        target_ranks(lake, f"{model}@{digest}", mode) for lake, digest in ((Lake(ctx.place, ctx.promoted["tables"]), old), (ctx.lake, new))
     )
     common = sorted(was.keys() & became.keys())
     subject = f"{model}/{mode} {cfg.release.metric} on {len(common)} validation requests"

@@ -9,6 +9,7 @@ import io
 import json
 import logging
 import re
+import threading
 from collections.abc import Collection, Mapping
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,8 @@ import pyarrow as pa
 
 from gr2.errors import InputError
 from schemas.base import Table
+
+LOCK = threading.Lock()  # two tables may be judged side by side; the library's context is one
 
 
 def rules(table: Table, partition: Mapping[str, str | Collection[str]] | None = None) -> dict[str, str]:
@@ -62,7 +65,7 @@ def validate(table: Table, observed: dict[str, Any], folder: Path) -> list[str]:
         )
         for name in frame.columns
     ]
-    with contextlib.redirect_stderr(io.StringIO()):  # progress bars of a one-row frame
+    with LOCK, contextlib.redirect_stderr(io.StringIO()):  # progress bars of a one-row frame
         batch = _context().data_sources.get("aggregates").get_asset("written").get_batch_definition("whole").get_batch({"dataframe": frame})
         outcome = batch.validate(gx.ExpectationSuite(name=f"{table.name}-{table.version}", expectations=expectations))
     folder.mkdir(parents=True, exist_ok=True)

@@ -24,6 +24,7 @@ from spark_jobs.publish import publish
 from spark_jobs.session import frame_of
 
 pytestmark = pytest.mark.spark
+SPARK = "{spark.driver.host: 127.0.0.1, spark.driver.bindAddress: 127.0.0.1, spark.executor.memory: 512m}"
 SPARK_CLASS = Path(pyspark.__file__).parent / "bin" / "spark-class"
 
 
@@ -94,7 +95,7 @@ def test_interactions_to_evidence_on_a_cluster_equal_local_mode(cluster, tmp_pat
     shutil.copytree(local.root, tmp_path / "cluster")
     interactions.run(local.cfg, local)
     evidence.run(local.cfg, local)
-    settings = ["data.max_history=4", "evidence.window=3", f"spark.master={master}", "spark.extra={spark.executor.memory: 512m}"]
+    settings = ["data.max_history=4", "evidence.window=3", f"spark.master={master}", f"spark.extra={SPARK}"]
     overrides = [part for item in (f"paths.root={tmp_path / 'cluster'}", *settings) for part in ("--set", item)]
     for stage in ("interactions", "evidence"):
         words = [sys.executable, "-m", "gr2", "stage", stage, "--profile", "demo", *overrides]

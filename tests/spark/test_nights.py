@@ -2,6 +2,7 @@
 
 import datetime as dt
 import random
+from collections.abc import Iterable
 from pathlib import Path
 
 import pyarrow as pa
@@ -41,9 +42,9 @@ def night(ctx: Context, events: pa.Table) -> None:
     evidence.run(ctx.cfg, ctx)
 
 
-def contents(ctx: Context) -> dict[str, list]:
+def contents(ctx: Context, tables: Iterable[str] = BUILT) -> dict[str, list]:
     """Every built table, row for row."""
-    return {name: ctx.lake.read(name, order_by=schemas.get(name).key).to_pylist() for name in BUILT}
+    return {name: ctx.lake.read(name, order_by=schemas.get(name).key).to_pylist() for name in tables}
 
 
 @pytest.mark.parametrize("seed", [1])
