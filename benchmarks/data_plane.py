@@ -8,8 +8,10 @@ one that counts. Then the obvious Polars script on the same files. The last line
 """
 
 import argparse
+import contextlib
 import json
 import math
+import re
 import subprocess
 import sys
 import threading
@@ -34,19 +36,16 @@ def settings(root: Path, millions: float, days: int) -> list[str]:
 
 
 def resident(root_pid: int) -> float:
-    """MiB resident in a process and all that descend from it (Linux)."""
-    parents, sizes = {}, {}
+    """MiB that a process and all that descend from it hold (Linux); pages that they share, as after a fork, count once (PSS)."""
+    parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rsplit(")", 1)[1].split()
-            pid = int(stat.parent.name)
-            parents[pid], sizes[pid] = int(fields[1]), int(fields[21]) * 4096 / 2**20
-        except OSError:
-            continue
+        with contextlib.suppress(OSError):  # it has ended
+            parents[int(stat.parent.name)] = int(stat.read_text().rsplit(")", 1)[1].split()[1])
     total, todo = 0.0, [root_pid]
     while todo:
         pid = todo.pop()
-        total += sizes.get(pid, 0.0)
+        with contextlib.suppress(OSError):
+            total += int(re.search(r"^Pss:\s+(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.M)[1]) / 1024
         todo += [child for child, parent in parents.items() if parent == pid]
     return total
 
@@ -59,7 +58,7 @@ class Peak:
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
-        while not self.stop.wait(0.5):
+        while not self.stop.wait(2):
             self.mib = max(self.mib, resident(self.pid))
 
 

@@ -64,8 +64,8 @@ def _build(cfg: Config, ctx: Context) -> Result:
 # -- a night ----------------------------------------------------------------------------------------------------------
 
 
-def new_choices(cfg: Config, ctx: Context, now: list[Built]) -> tuple[DataFrame, list[dt.date], list[dt.date]] | None:
-    """Users with choices that the tables do not hold yet (`user_id, since`), and the days spanned before and with them.
+def new_choices(cfg: Config, ctx: Context, now: list[Built]) -> tuple[DataFrame, dt.date | None, list[dt.date], list[dt.date]] | None:
+    """Users with choices that the tables do not hold yet (`user_id, since`), their first day, and the days spanned before and after.
 
     Nothing where all must be built. Only the order of time can be continued: under leave-one-out a new event moves the user's splits, and
     a source's own order, a day that was filled in, or a day that was shuffled can change any earlier row.
@@ -84,17 +84,24 @@ def new_choices(cfg: Config, ctx: Context, now: list[Built]) -> tuple[DataFrame,
     if strange or not old:
         return None
     span = old if first is None else [min(old[0], first), max(old[1], last)]
-    return chosen.groupBy("user_id").agg(F.min("event_date").alias("since")), old, span
+    return chosen.groupBy("user_id").agg(F.min("event_date").alias("since")), first, old, span
 
 
 def _increment(
-    cfg: Config, ctx: Context, acts: DataFrame, fresh: DataFrame, old: list[dt.date], span: list[dt.date], now: list[Built]
+    cfg: Config,
+    ctx: Context,
+    acts: DataFrame,
+    fresh: DataFrame,
+    first: dt.date | None,
+    old: list[dt.date],
+    span: list[dt.date],
+    now: list[Built],
 ) -> Result:
     """Builds the touched users again from their first new day on, and replaces the periods in which something changed."""
     now[0].settings["span"] = [str(day) for day in span]
     fresh, windows = fresh.persist(), cuts(span, cfg.data)
     there = read(ctx, "interactions", now[0].base)
-    mine = continued(acts, there, fresh, cfg.data, windows).persist(StorageLevel.MEMORY_AND_DISK)
+    mine = continued(acts, there, fresh, first, cfg.data, windows).persist(StorageLevel.MEMORY_AND_DISK)
     try:
         changed = mine.join(fresh, on="user_id").where(F.col("event_date") >= F.col("since"))
         elsewhere = there.where(_moved(cuts(old, cfg.data), windows))
@@ -119,12 +126,11 @@ def _increment(
     return Result(rows_in=kept, rows_out=kept, detail={"users": users, "periods": len(moved)})
 
 
-def continued(acts: DataFrame, there: DataFrame, fresh: DataFrame, data: Data, windows: list[dt.date]) -> DataFrame:
+def continued(acts: DataFrame, there: DataFrame, fresh: DataFrame, first: dt.date | None, data: Data, windows: list[dt.date]) -> DataFrame:
     """All interactions of the touched users: those before their first new day as they are, the later ones built from events.
 
-    A new day begins a new session, so that places and sessions go on counting from those before.
+    A new day begins a new session, so that places and sessions go on counting from those before. `first`: the first new day of all.
     """
-    first = fresh.agg(F.min("since")).collect()[0][0]
     late = acts.where(F.col("event_date") >= F.lit(first)) if first else acts.limit(0)  # what lies before is not even read
     new = late.join(fresh, on="user_id").where(F.col("event_date") >= F.col("since")).drop("since")
     kept = there.join(fresh, on="user_id").where(F.col("event_date") < F.col("since")).drop("since", "split", "gap_days")

@@ -60,13 +60,14 @@ def publish(ctx: Context, name: str, frame: DataFrame, partition: Partition | No
     conform(table, frame).write.parquet(staged)
     reached("staged", name)
     written = ctx.spark.read.schema(spark_schema(table)).parquet(staged)
-    observed = _audit(ctx, table, written, partition, staged)
+    observed, there = together(lambda: _audit(ctx, table, written, partition, staged), lambda: _published(ctx, table, where))
     reached("audited", name)
     target, reshaped = _ensure(ctx, table, whole=partition is None)
     if table.mode == "insert":
         count = _insert(ctx, table, target, written)
     else:
-        _replace(ctx, table, written, where, observed, built, reshaped)
+        if reshaped or there != (int(observed["rows"]), str(observed["content"] or 0)):
+            _replace(ctx, table, written, where, built, reshaped)
         count = int(observed["rows"])
     reached("committed", name)
     remove(ctx, staged)
@@ -175,18 +176,21 @@ def _ensure(ctx: Context, table: Table, whole: bool) -> tuple[DeltaTable, bool]:
     return found, reshaped
 
 
-def _replace(
-    ctx: Context, table: Table, written: DataFrame, where: str | None, observed: dict[str, float], built: "Built | None", reshaped: bool
-) -> None:
+def _published(ctx: Context, table: Table, where: str | None) -> tuple[int, str] | None:
+    """`content_hash` of what is about to be replaced; nothing where nothing was published, or by a contract of other columns."""
+    if table.mode == "insert" or not ctx.lake.exists(table.name) or ctx.lake.version(table.name) == 0:
+        return None
+    current = ctx.spark.read.format("delta").load(ctx.table_path(table.name))
+    if not set(table.stable()) <= set(current.columns):
+        return None
+    return content_hash(table, current.where(where) if where else current)
+
+
+def _replace(ctx: Context, table: Table, written: DataFrame, where: str | None, built: "Built | None", reshaped: bool) -> None:
     path = ctx.table_path(table.name)
     writer = written.write.format("delta").mode("overwrite")
     if reshaped:
         writer = writer.option("overwriteSchema", "true").partitionBy(*table.partition_by)
-    else:
-        current = ctx.spark.read.format("delta").load(path)
-        current = current.where(where) if where else current
-        if content_hash(table, current) == (int(observed["rows"]), str(observed["content"] or 0)) and ctx.lake.version(table.name) > 0:
-            return
     if where:
         writer = writer.option("replaceWhere", where)
     if built is None:
