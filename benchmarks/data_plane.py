@@ -58,7 +58,7 @@ class Peak:
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
-        while not self.stop.wait(2):
+        while not self.stop.wait(1):
             self.mib = max(self.mib, resident(self.pid))
 
 

@@ -10,6 +10,7 @@ A row that tells of several events, such as an impression with its click, counts
 """
 
 import time
+from functools import partial
 from typing import Any
 
 from pyspark import StorageLevel
@@ -157,23 +158,17 @@ def _ingest(cfg: Config, ctx: Context, judged: DataFrame, raw: sources.Raw) -> R
         ctx.log("events: nothing to publish")
         return Result(detail=detail)
     unknown = any(c["unknown"] and c["unknown"] > 0 for c in counts)
-    bad_rows, good_rows = judged.where(F.col("reason").isNotNull()), judged.where(F.col("reason").isNull())
-    fill = raw.files.order == "position"
-    events = to_events(good_rows, cfg.data.source, cfg.data.period, fill).persist(StorageLevel.MEMORY_AND_DISK)
-    try:
-        by_period, detail["unknown_columns"], _ = together(
-            events.groupBy("period").count().collect,
-            lambda: readers.unknown_columns(judged) if unknown else {},
-            lambda: readers.keep_refused(ctx, bad_rows, "events", detail["reasons"], rows_in),
-        )
-        if unknown:
-            ctx.log(f"events: dropped columns that no contract declares: {detail['unknown_columns']}")
-        distinct = sum(row["count"] for row in by_period)
-        added = publish(ctx, "events", events)
-        there = read(ctx, "events").where(F.col("period").isin(*(row["period"] for row in by_period))).select("event_id")
-        lost = events.join(there, on="event_id", how="left_anti").count()
-    finally:
-        events.unpersist()
+    keep = partial(readers.keep_refused, ctx, judged.where(F.col("reason").isNotNull()), "events", detail["reasons"], rows_in)
+    if rows_in - good > cfg.data.max_quarantine_share * rows_in:
+        keep()  # which raises: nothing else is published
+    good_rows, fill = judged.where(F.col("reason").isNull()), raw.files.order == "position"
+    (distinct, added, lost), detail["unknown_columns"], _ = together(
+        lambda: _accept(ctx, to_events(good_rows, cfg.data.source, cfg.data.period, fill)),
+        lambda: readers.unknown_columns(judged) if unknown else {},
+        keep,
+    )
+    if unknown:
+        ctx.log(f"events: dropped columns that no contract declares: {detail['unknown_columns']}")
     known = distinct - added  # some of them, it may be, by a run at the same time
     refused, duplicates = rows_in - good, (good - distinct) + known
     if lost or known < 0:
@@ -182,3 +177,15 @@ def _ingest(cfg: Config, ctx: Context, judged: DataFrame, raw: sources.Raw) -> R
         )
     late = {"already_known": known, "equal_in_files": good - distinct}
     return Result(rows_in=rows_in, rows_out=added, quarantined=refused, duplicates=duplicates, detail={**detail, **late})
+
+
+def _accept(ctx: Context, accepted: DataFrame) -> tuple[int, int, int]:
+    """Publishes events. Returns how many there are, how many were new, and how many are not in the table afterwards."""
+    events = accepted.persist(StorageLevel.MEMORY_AND_DISK)
+    try:
+        by_period = {row["period"]: row["count"] for row in events.groupBy("period").count().collect()}
+        added = publish(ctx, "events", events)
+        there = read(ctx, "events").where(F.col("period").isin(*by_period)).select("event_id")
+        return sum(by_period.values()), added, events.join(there, on="event_id", how="left_anti").count()
+    finally:
+        events.unpersist()
