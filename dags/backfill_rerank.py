@@ -13,7 +13,7 @@ from typing import Any
 from airflow.exceptions import AirflowFailException
 from airflow.sdk import Param, dag, task
 
-from dags.stages import DAY, DEFAULTS, GPU_POOL, PROFILE, SETTINGS, call, tell
+from dags.stages import DAY, DEFAULTS, GPU_POOL, PROFILE, SETTINGS, call, tell, type_of
 
 MOST = 366  # days of one run
 
@@ -31,7 +31,7 @@ def days_of(params: dict[str, Any], ds: str | None) -> list[str]:
 
 @dag(
     dag_id="backfill_rerank",
-    schedule="@daily",  # so that `airflow backfill create` knows its days; it stays paused
+    schedule="@daily",  # so that `airflow backfill create` knows its days; what the schedule itself starts does nothing
     start_date=dt.datetime(2020, 1, 1, tzinfo=dt.UTC),
     catchup=False,
     is_paused_upon_creation=True,
@@ -55,9 +55,9 @@ def backfill_rerank() -> None:
     """The days one after the other: each makes its lists if they are not there, then asks the model."""
 
     @task(on_failure_callback=tell)
-    def days(params: dict[str, Any] | None = None, ds: str | None = None) -> list[str]:
-        """The days to do."""
-        return days_of(params or {}, ds)
+    def days(params: dict[str, Any] | None = None, ds: str | None = None, dag_run: object = None) -> list[str]:
+        """The days to do: none where the schedule started the run, not a person."""
+        return [] if type_of(dag_run) == "scheduled" else days_of(params or {}, ds)
 
     @task(pool=GPU_POOL, on_failure_callback=tell, map_index_template="{{ day }}")
     def rerank(day: str, params: dict[str, Any] | None = None) -> str:

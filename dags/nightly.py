@@ -13,7 +13,7 @@ import datetime as dt
 
 from airflow.sdk import CronDataIntervalTimetable, Param, dag, task
 
-from dags.stages import DAY, DEFAULTS, LISTS, PROFILE, SETTINGS, WANTED, chain_by_tables
+from dags.stages import DAY, DEFAULTS, LISTS, PROFILE, SETTINGS, WANTED, chain_by_tables, type_of
 
 
 @dag(
@@ -40,7 +40,7 @@ def nightly() -> None:
     @task.short_circuit(ignore_downstream_trigger_rules=False)
     def drifted(said: str, dag_run: object = None) -> bool:
         """Whether drift calls for new models. A backfill looks at days that are long gone: it never does."""
-        return "retraining is called for" in said and str(getattr(dag_run, "run_type", "")) != "backfill"
+        return "retraining is called for" in said and type_of(dag_run) != "backfill"
 
     @task(outlets=[WANTED])
     def ask_for_retraining() -> None:

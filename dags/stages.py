@@ -80,6 +80,12 @@ def tell(context: Any) -> None:
             logging.getLogger("gr2").warning("the alert could not be sent: %s", type(error).__name__)
 
 
+def type_of(dag_run: object) -> str:
+    """How a run came about: scheduled, manual, backfill, asset_triggered. Airflow gives an enumeration, whose `str` is not its value."""
+    kind = getattr(dag_run, "run_type", "")
+    return str(getattr(kind, "value", kind))
+
+
 def day_of(params: dict[str, Any], ds: str | None, of_day: bool) -> str | None:
     """The day that a run processes; none for a run of no day. Raises AirflowFailException where one is needed and not said."""
     date = None if not of_day else ds if params["date"] == "run" else params["date"]

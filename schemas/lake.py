@@ -12,7 +12,7 @@ import schemas
 from gr2.errors import EnvironmentProblem, MissingInputError
 from gr2.pipeline import builder_of
 
-UPKEEP = ("OPTIMIZE", "VACUUM START", "VACUUM END", "SET TBLPROPERTIES")
+UPKEEP = ("OPTIMIZE", "VACUUM START", "VACUUM END", "SET TBLPROPERTIES", "ADD CONSTRAINT", "DROP CONSTRAINT", "ADD COLUMNS")
 HISTORY = 100  # commits that are looked through for the last that changed rows
 
 
@@ -49,6 +49,10 @@ class Lake:
         """The last commit that changed rows: what OPTIMIZE, VACUUM and settings commit is the same content to a stage."""
         commits = self.open(name).history(HISTORY)
         return next((c for c in commits if c.get("operation") not in UPKEEP), commits[-1])
+
+    def same_content(self, name: str, one: int, later: int) -> bool:
+        """Whether nothing but upkeep was committed after version `one`, up to `later`."""
+        return all(c["operation"] in UPKEEP for c in self.open(name).history(HISTORY) if one < c["version"] <= later)
 
     def content_version(self, name: str) -> int:
         """Its version."""

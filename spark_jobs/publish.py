@@ -196,15 +196,18 @@ def _replace(ctx: Context, table: Table, written: DataFrame, where: str | None, 
     if built is None:
         _with_retry(lambda: writer.save(path))
         return
-    if built.base >= 0 and ctx.lake.version(table.name) != built.base:
-        raise Overtaken(f"{table.name}: version {ctx.lake.version(table.name)} was published since version {built.base} was read")
+    _not_overtaken(ctx, table.name, built.base, ctx.lake.version(table.name))
     try:
         writer.option("userMetadata", built.metadata()).save(path)
     except PySparkException as error:
         raise (Overtaken(f"{table.name}: another run changed the same partitions") if _conflict(error) else error) from None
     mine = next(c for c in ctx.lake.open(table.name).history(HISTORY) if c.get("userMetadata") == built.metadata())
-    if built.base >= 0 and mine["readVersion"] != built.base:  # it came between the look above and the commit
-        raise Overtaken(f"{table.name}: version {mine['readVersion']} was published since version {built.base} was read")
+    _not_overtaken(ctx, table.name, built.base, mine["readVersion"])  # one may have come between the look above and the commit
+
+
+def _not_overtaken(ctx: Context, name: str, base: int, found: int) -> None:
+    if base >= 0 and not ctx.lake.same_content(name, base, found):
+        raise Overtaken(f"{name}: version {found} was published since version {base} was read")
 
 
 def _insert(ctx: Context, table: Table, target: DeltaTable, written: DataFrame) -> int:

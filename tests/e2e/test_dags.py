@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -53,14 +54,26 @@ def test_one_task_a_stage_in_the_order_of_the_tables(dags, dag, name, more):
                 assert other.name in upstream, f"{stage.name} must wait for {other.name}"
 
 
-def test_only_drift_of_a_real_night_asks_for_retraining(dags):
-    from types import SimpleNamespace
+def run_of(kind):
+    """What a task is given of its run, with the type as Airflow gives it."""
+    from airflow.sdk.api.datamodels._generated import DagRunType
 
+    return SimpleNamespace(run_type=DagRunType(kind))
+
+
+def test_what_the_schedule_itself_starts_of_a_backfill_does_nothing(dags):
+    days = dags["backfill_rerank"].get_task("days").python_callable
+    own = {"first": "run", "last": "run"}
+    assert days(own, "2026-01-05", run_of("scheduled")) == []
+    assert days(own, "2026-01-05", run_of("backfill")) == ["2026-01-05"]
+
+
+def test_only_drift_of_a_real_night_asks_for_retraining(dags):
     assert {a.name for a in dags["nightly"].get_task("ask_for_retraining").outlets} == {"gr2://retrain/wanted"}
     assert [a.name for a in dags["retrain"].timetable.asset_condition.objects] == ["gr2://retrain/wanted"]
     drifted = dags["nightly"].get_task("drifted").python_callable
     said = "02:10:00 drift: retraining is called for: kinds of events: 0.312"
-    runs = {kind: SimpleNamespace(run_type=kind) for kind in ("scheduled", "manual", "backfill")}
+    runs = {kind: run_of(kind) for kind in ("scheduled", "manual", "backfill")}
     assert [drifted(said, run) for run in runs.values()] == [True, True, False]
     assert not drifted("02:10:00 drift: 8 subjects measured, none beyond 0.25", runs["scheduled"])
 
