@@ -1,0 +1,137 @@
+"""Semantic IDs on real data: both builders, each switch alone, and what a small retriever makes of the codes.
+
+    GR2_DATA=.../amazon2014_beauty python -m benchmarks.semantic_ids --work FOLDER [--letter FILE] [--only NAME ...]
+
+Tables up to the item vectors are built once. Then each variant has a folder of its own, its codes, and a retriever (the profile's student,
+five epochs, about eight minutes in all on two cores) whose exact beams rank all items for every user's validation target. What is finished
+is not run again; the table of all that is finished is printed each time. `--letter`: codes that others shipped, read from their file
+(`{"0": ["<a_1>", ...]}`, keys one less than item ids), go through the same retriever.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+VARIANTS: dict[str, list[str]] = {
+    "rqvae": [],
+    "rqvae, codebooks by gradient": ["tokenizer.ema=0"],
+    "rqvae, no k-means start": ["tokenizer.kmeans_init=false"],
+    "rqvae, no k-means start, reset": ["tokenizer.kmeans_init=false", "tokenizer.reset_after=20"],
+    "rqvae, diversity": ["tokenizer.diversity=0.1"],
+    "rqvae, contrastive": ["tokenizer.contrastive=0.1"],
+    "rqvae, text alone": ["embeddings.collaborative_weight=0"],
+    "rqvae, random last level": ["tokenizer.collisions=random"],
+    "rqkmeans": ["tokenizer.builder=rqkmeans"],
+    "rqkmeans, text alone": ["tokenizer.builder=rqkmeans", "embeddings.collaborative_weight=0"],
+    "rqkmeans, random last level": ["tokenizer.builder=rqkmeans", "tokenizer.collisions=random"],
+}
+SHIPPED = "LETTER's codes"
+RETRIEVER = [
+    "midtrain.student.epochs=5", "midtrain.refit.epochs=0.02", "midtrain.teacher.epochs=0.02",
+    "candidates.max_requests=10", "candidates.max_valid=1000000", "tokenizer.min_uniqueness=0",
+]  # fmt: skip
+
+
+def gr2(root: Path, first: str | None, last: str, settings: list[str]) -> None:
+    """Stages `first` to `last` of the Beauty profile, in a process of their own."""
+    words = [sys.executable, "-m", "gr2", "run", "--profile", "beauty", "--to", last, "--set", f"paths.root={root}"]
+    words += ["--from", first] if first else []
+    subprocess.run([*words, *(w for s in settings for w in ("--set", s))], check=True)
+
+
+def shipped(root: Path, file: Path) -> dict[str, Any]:
+    """Puts others' codes in the place of this root's, a free last code drawn where several items share all. Returns their health."""
+    import pyarrow as pa
+    from deltalake import DeltaTable, write_deltalake
+
+    from gr2.config import Tokenizer
+    from training.collisions import separate
+
+    given = {str(int(key) + 1): [int(re.sub(r"\D", "", word)) for word in words] for key, words in json.loads(file.read_text()).items()}
+    place = root / "tables" / "semantic_ids"
+    table = DeltaTable(place).to_pyarrow_table()
+    learned_NL = np.array([given[item] for item in table["item_id"].to_pylist()])
+    levels = learned_NL.shape[1]
+    nowhere = (np.zeros((len(learned_NL), 1), np.float32), np.zeros((levels, 256, 1), np.float32))  # only codes are shipped, no vectors
+    codes_NL = separate(learned_NL, *nowhere, Tokenizer(collisions="random", levels=levels), 13)
+    column = pa.array(codes_NL.tolist(), type=table.schema.field("codes").type)
+    write_deltalake(place, table.set_column(table.schema.get_field_index("codes"), table.schema.field("codes"), column), mode="overwrite")
+    return {"learned distinct/items": len(np.unique(learned_NL, axis=0)) / len(learned_NL)}
+
+
+def quality(root: Path) -> dict[str, float]:
+    """Recall and NDCG of the full ranking over the validation targets, with the standard error of R@10."""
+    from gr2.metrics import values
+    from schemas.lake import Lake
+
+    ranks = Lake(root).read("candidates", ["full_rank"], order_by=["request_id"], split="valid")["full_rank"].to_pylist()
+    ranks_B = np.array([rank or 0 for rank in ranks], dtype=np.float64)  # 0: beyond the beam
+    found = {name: float(values(name, ranks_B).mean()) for name in ("recall@5", "recall@10", "ndcg@10")}
+    return {**found, "se": float(values("recall@10", ranks_B).std() / len(ranks_B) ** 0.5), "requests": len(ranks_B)}
+
+
+def run(work: Path, name: str, settings: list[str], letter: Path | None) -> dict[str, Any]:
+    """One variant: its codes' health and its retriever's figures."""
+    root = work / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    done = root / "result.json"
+    if done.exists():
+        return dict(json.loads(done.read_text()))
+    shutil.rmtree(root, ignore_errors=True)
+    shutil.copytree(work / "base", root)
+    began = time.monotonic()
+    gr2(root, "tokenizer", "semantic_ids", [*RETRIEVER, *settings])
+    health = json.loads((root / "runs" / "semantic_ids.json").read_text())["detail"]
+    if name == SHIPPED and letter:
+        health = shipped(root, letter)
+    gr2(root, "midtrain_examples", "candidates", [*RETRIEVER, *settings])
+    found = {"name": name, "seconds": time.monotonic() - began, "health": health, **quality(root)}
+    done.write_text(json.dumps(found))
+    for folder in ("models", "work", "tables"):
+        shutil.rmtree(root / folder, ignore_errors=True)
+    return found
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """The table."""
+    print("| codes | distinct before separation | codes used, by level | entropy, bits | R@5 | R@10 (s.e.) | N@10 | minutes |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for row in rows:
+        health = row["health"]
+        levels = sorted(key.split()[1] for key in health if key.endswith(" use"))
+        used, bits = (" ".join(f"{health[f'level {n} {what}']:.2f}" for n in levels) for what in ("use", "entropy"))
+        print(
+            f"| {row['name']} | {health['learned distinct/items']:.2%} | {used} | {bits} | {row['recall@5']:.4f} "
+            f"| {row['recall@10']:.4f} ({row['se']:.4f}) | {row['ndcg@10']:.4f} | {row['seconds'] / 60:.0f} |"
+        )
+
+
+def main() -> None:
+    """Variants one after the other."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--letter", type=Path, help="others' codes")
+    parser.add_argument("--only", nargs="+", help="names of variants")
+    given = parser.parse_args()
+    if not os.environ.get("GR2_DATA"):
+        parser.error("GR2_DATA must name the folder of Amazon Beauty")
+    work = given.work.resolve()
+    if not (work / "base" / "runs" / "item_embeddings.json").exists():
+        gr2(work / "base", None, "item_embeddings", [])
+    chosen = {**VARIANTS, **({SHIPPED: []} if given.letter else {})}
+    rows = []
+    for name in given.only or chosen:
+        rows.append(run(work, name, chosen[name], given.letter))
+        show(rows)
+
+
+if __name__ == "__main__":
+    main()
