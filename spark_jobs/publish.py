@@ -201,8 +201,9 @@ def _replace(ctx: Context, table: Table, written: DataFrame, where: str | None, 
         writer.option("userMetadata", built.metadata()).save(path)
     except PySparkException as error:
         raise (Overtaken(f"{table.name}: another run changed the same partitions") if _conflict(error) else error) from None
-    mine = next(c for c in ctx.lake.open(table.name).history(HISTORY) if c.get("userMetadata") == built.metadata())
-    _not_overtaken(ctx, table.name, built.base, mine["readVersion"])  # one may have come between the look above and the commit
+    mine = next((c for c in ctx.lake.open(table.name).history(HISTORY) if c.get("userMetadata") == built.metadata()), None)
+    if mine:  # no rows over no rows commit nothing
+        _not_overtaken(ctx, table.name, built.base, mine["readVersion"])  # one may have come between the look above and the commit
 
 
 def _not_overtaken(ctx: Context, name: str, base: int, found: int) -> None:

@@ -71,7 +71,7 @@ def added_rows(
         "token_text": [to_text(codes) for codes in codes_NL],
         "learned_codes": learned_NL.tolist(),
         "separated": (codes_NL != learned_NL).any(axis=1).tolist(),
-        "residual": residual_N.astype(float).tolist(),
+        "residual": residual_N.astype(float).round(5).tolist(),  # its last digits depend on which items share the call
         "added_on": [day] * len(fresh),
     }
     return pa.table(columns, schema=TABLE.arrow())
