@@ -17,11 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
-from gr2.metrics import paired_bootstrap, values
-from schemas.lake import Lake
+from gr2.environment import set_defaults
+
+set_defaults()  # before torch: threads that spin while they wait make it several times slower
+
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+from gr2.metrics import paired_bootstrap, values  # noqa: E402
+from schemas.lake import Lake  # noqa: E402
 
 PLACES, HIDDEN, LAYERS, HEADS, DROPOUT = 50, 128, 2, 2, 0.4
 METRICS = ("recall@5", "recall@10", "ndcg@5", "ndcg@10")
@@ -72,7 +77,7 @@ def epoch(model: SASRec, optimizer: torch.optim.Optimizer, inputs_BT: Tensor, ta
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return float(np.mean(losses))
 
 
