@@ -3,7 +3,7 @@
     GR2_DATA=.../amazon2014_beauty python -m benchmarks.semantic_ids --work FOLDER [--letter FILE] [--only NAME ...]
 
 Tables up to the item vectors are built once. Then each variant has a folder of its own, its codes, and a retriever (the profile's student,
-five epochs, about eight minutes in all on two cores) whose exact beams rank all items for every user's validation target. What is finished
+five epochs) whose exact beams rank all items for every user's validation target. What is finished
 is not run again; the table of all that is finished is printed each time. `--letter`: codes that others shipped, read from their file
 (`{"0": ["<a_1>", ...]}`, keys one less than item ids), go through the same retriever.
 """

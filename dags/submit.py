@@ -9,8 +9,6 @@ Every node needs this project's environment and the profile's root under the sam
 """
 
 import sys
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from airflow.providers.apache.spark.operators.spark_submit import SparkSubmitOperator
@@ -19,7 +17,7 @@ from airflow.sdk.bases.hook import BaseHook
 from dags.stages import command, day_of, tell
 from gr2 import PROJECT
 from gr2.config import load
-from gr2.environment import JARS
+from gr2.environment import class_path, yarn_jars
 from gr2.pipeline import Stage
 
 
@@ -44,13 +42,12 @@ class StageSubmit(SparkSubmitOperator):
 def driver_settings(profile: str, settings: list[str]) -> dict[str, str]:
     """What a driver must know before its JVM starts; the rest the stage's session says itself."""
     cfg = load(profile, settings)
-    pyspark = Path(str(find_spec("pyspark").origin)).parent  # type: ignore[union-attr]  # found, not imported: a DAG stays light
     return {
         "spark.driver.memory": cfg.spark.driver_memory,
-        "spark.driver.extraClassPath": ":".join(str(jar) for jar in sorted(JARS.glob("*.jar"))),
+        "spark.driver.extraClassPath": class_path(),
         "spark.pyspark.python": sys.executable,
         "spark.pyspark.driver.python": sys.executable,
         "spark.yarn.appMasterEnv.PYSPARK_PYTHON": sys.executable,
-        "spark.yarn.jars": f"local:{pyspark}/jars/*",
+        "spark.yarn.jars": yarn_jars(),
         **cfg.spark.extra,
     }

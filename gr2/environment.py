@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from gr2 import PROJECT
@@ -23,6 +24,22 @@ class Check:
     ok: bool
     found: str
     remedy: str = ""
+
+
+def delta_jars() -> list[Path]:
+    """The jars that `make setup` fetched."""
+    return sorted(JARS.glob("*.jar"))
+
+
+def class_path() -> str:
+    """Them, as a JVM wants it."""
+    return ":".join(str(jar) for jar in delta_jars())
+
+
+def yarn_jars() -> str:
+    """Spark's own jars for YARN, whose nodes all have this environment: nothing is uploaded. pyspark is found, not imported."""
+    found = find_spec("pyspark")
+    return f"local:{Path(str(found and found.origin)).parent}/jars/*"
 
 
 def set_defaults() -> None:
@@ -82,5 +99,5 @@ def _disk(root: Path) -> Check:
 
 
 def _jars() -> Check:
-    count = len(list(JARS.glob("*.jar")))
+    count = len(delta_jars())
     return Check("Delta jars", count >= 7, f"{count} in {JARS.relative_to(PROJECT)}", "run `make setup`")

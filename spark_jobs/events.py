@@ -159,7 +159,7 @@ def _ingest(cfg: Config, ctx: Context, judged: DataFrame, raw: sources.Raw) -> R
         return Result(detail=detail)
     unknown = any(c["unknown"] and c["unknown"] > 0 for c in counts)
     keep = partial(readers.keep_refused, ctx, judged.where(F.col("reason").isNotNull()), "events", detail["reasons"], rows_in)
-    if rows_in - good > cfg.data.max_quarantine_share * rows_in:
+    if readers.too_many(ctx, rows_in - good, rows_in):
         keep()  # which raises: nothing else is published
     good_rows, fill = judged.where(F.col("reason").isNull()), raw.files.order == "position"
     (distinct, added, lost), detail["unknown_columns"], _ = together(

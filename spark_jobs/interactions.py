@@ -15,6 +15,7 @@ with 3 interactions there is no rerank target, with 2 only a test target, with 1
 """
 
 import datetime as dt
+from dataclasses import dataclass
 
 from pyspark import StorageLevel
 from pyspark.sql import Column, DataFrame, Window
@@ -42,8 +43,8 @@ def run(cfg: Config, ctx: Context) -> Result:
 def _build(cfg: Config, ctx: Context) -> Result:
     now = [building(cfg, ctx, "interactions", target, "events") for target in TABLES]
     acts = read(ctx, "events", now[0].version).where(F.col("kind").isin(*STRENGTH))
-    if ctx.date and (night := new_choices(cfg, ctx, now)):
-        return _increment(cfg, ctx, acts, *night, now)
+    if ctx.date and (new := new_choices(cfg, ctx, now)):
+        return _increment(cfg, ctx, acts, new, now)
     span = days_of(acts)
     now[0].settings["span"] = [str(day) for day in span]
     interactions = to_interactions(acts, cfg.data, cfg.seed, cuts(span, cfg.data)).persist(StorageLevel.MEMORY_AND_DISK)
@@ -64,8 +65,18 @@ def _build(cfg: Config, ctx: Context) -> Result:
 # -- a night ----------------------------------------------------------------------------------------------------------
 
 
-def new_choices(cfg: Config, ctx: Context, now: list[Built]) -> tuple[DataFrame, dt.date | None, list[dt.date], list[dt.date]] | None:
-    """Users with choices that the tables do not hold yet (`user_id, since`), their first day, and the days spanned before and after.
+@dataclass(frozen=True)
+class New:
+    """What the tables do not hold yet."""
+
+    users: DataFrame  # user_id, since: those with new choices, and the first day of these
+    first: dt.date | None  # of all new choices; none where there is none
+    was: list[dt.date]  # the days spanned before
+    span: list[dt.date]  # and with them
+
+
+def new_choices(cfg: Config, ctx: Context, now: list[Built]) -> New | None:
+    """Choices that the tables do not hold yet.
 
     Nothing where all must be built. Only the order of time can be continued: under leave-one-out a new event moves the user's splits, and
     a source's own order, a day that was filled in, or a day that was shuffled can change any earlier row.
@@ -84,27 +95,18 @@ def new_choices(cfg: Config, ctx: Context, now: list[Built]) -> tuple[DataFrame,
     if strange or not old:
         return None
     span = old if first is None else [min(old[0], first), max(old[1], last)]
-    return chosen.groupBy("user_id").agg(F.min("event_date").alias("since")), first, old, span
+    return New(chosen.groupBy("user_id").agg(F.min("event_date").alias("since")), first, old, span)
 
 
-def _increment(
-    cfg: Config,
-    ctx: Context,
-    acts: DataFrame,
-    fresh: DataFrame,
-    first: dt.date | None,
-    old: list[dt.date],
-    span: list[dt.date],
-    now: list[Built],
-) -> Result:
+def _increment(cfg: Config, ctx: Context, acts: DataFrame, new: New, now: list[Built]) -> Result:
     """Builds the touched users again from their first new day on, and replaces the periods in which something changed."""
-    now[0].settings["span"] = [str(day) for day in span]
-    fresh, windows = fresh.persist(), cuts(span, cfg.data)
+    now[0].settings["span"] = [str(day) for day in new.span]
+    fresh, windows = new.users.persist(), cuts(new.span, cfg.data)
     there = read(ctx, "interactions", now[0].base)
-    mine = continued(acts, there, fresh, first, cfg.data, windows).persist(StorageLevel.MEMORY_AND_DISK)
+    mine = continued(acts, there, fresh, new.first, cfg.data, windows).persist(StorageLevel.MEMORY_AND_DISK)
     try:
         changed = mine.join(fresh, on="user_id").where(F.col("event_date") >= F.col("since"))
-        elsewhere = there.where(_moved(cuts(old, cfg.data), windows))
+        elsewhere = there.where(_moved(cuts(new.was, cfg.data), windows))
         periods, moved = together(lambda: values(changed, "period"), lambda: values(elsewhere, "period"))
         moved |= periods
         if not moved:
@@ -116,7 +118,7 @@ def _increment(
         work = [lambda: publish(ctx, "interactions", replaced, {"period": moved}, now[0]), fresh.count]
         if periods:
             rest = read(ctx, "histories", now[1].base).where(F.col("period").isin(*periods)).join(fresh, on="user_id", how="left_anti")
-            again = rest.unionByName(to_histories(mine, cfg.data, periods))
+            again = rest.unionByName(to_histories(mine, cfg.data).where(F.col("period").isin(*periods)))
             work.append(lambda: publish(ctx, "histories", again, {"period": periods}, now[1]))
         kept, users, *_ = together(*work)
     finally:
@@ -242,27 +244,22 @@ def shuffled_days(split: DataFrame, seed: int) -> DataFrame:
     return marked.withColumn("ordinal", F.row_number().over(again))
 
 
-def to_histories(interactions: DataFrame, data: Data, periods: set[str] | None = None) -> DataFrame:
-    """The last data.max_history items of each user at the end of each day with an interaction (of `periods`).
-
-    Each user's items are collected once, and cut for each of the days: a list built anew for every row costs three times as much.
-    """
+def to_histories(interactions: DataFrame, data: Data) -> DataFrame:
+    """The last data.max_history items of each user at the end of each day with an interaction."""
     order = Window.partitionBy("user_id").orderBy("ordinal")
+    recent = order.rowsBetween(1 - data.max_history, 0)
     as_of = F.max("event_date").over(order.rowsBetween(Window.unboundedPreceding, 0))  # never goes back, whatever the source's order
-    dated = interactions.select("user_id", "ordinal", as_of.alias("as_of"))
-    ends = dated.withColumns(
-        {
-            "last_of_day": F.coalesce(F.lead("as_of").over(order) != F.col("as_of"), F.lit(True)),
-            "period": F.date_format("as_of", PERIODS[data.period]),
-        }
-    ).where("last_of_day")
-    one = F.struct("ordinal", "item_id", F.unix_date("event_date").alias("day"))
-    whole = interactions.groupBy("user_id").agg(F.array_sort(F.collect_list(one)).alias("whole"))
-    first = F.greatest(F.col("ordinal") - (data.max_history - 1), F.lit(1))  # ordinals count from 1 without a gap
+    dated = interactions.withColumn("as_of", as_of)
     return (
-        (ends if periods is None else ends.where(F.col("period").isin(*periods)))
-        .join(whole, on="user_id")
-        .withColumn("recent", F.slice("whole", first, F.least(F.col("ordinal"), F.lit(data.max_history))))
-        .withColumns({"item_ids": F.col("recent.item_id"), "days": F.col("recent.day"), "length": F.col("ordinal")})
+        dated.withColumns(
+            {
+                "item_ids": F.collect_list("item_id").over(recent),
+                "days": F.collect_list(F.unix_date("event_date")).over(recent),
+                "last_of_day": F.coalesce(F.lead("as_of").over(order) != F.col("as_of"), F.lit(True)),
+                "length": F.col("ordinal"),
+                "period": F.date_format("as_of", PERIODS[data.period]),
+            }
+        )
+        .where("last_of_day")
         .select(*schemas.get("histories").names())
     )

@@ -124,6 +124,11 @@ def unknown_columns(judged: DataFrame) -> dict[str, int]:
     return {row["name"]: row["count"] for row in named}
 
 
+def too_many(ctx: Context, refused: int, rows_in: int) -> bool:
+    """Whether more than `data.max_quarantine_share` of the rows were refused."""
+    return refused > ctx.cfg.data.max_quarantine_share * rows_in
+
+
 def keep_refused(ctx: Context, frame: DataFrame, target: str, reasons: dict[str, int], rows_in: int) -> None:
     """Publishes refused rows, then fails the gate if there are more than `data.max_quarantine_share` of them: the evidence stays.
 
@@ -132,10 +137,10 @@ def keep_refused(ctx: Context, frame: DataFrame, target: str, reasons: dict[str,
     bad = sum(reasons.values())
     if bad or not ctx.lake.exists("quarantine"):
         publish(ctx, "quarantine", quarantined(frame, target))
-    limit = ctx.cfg.data.max_quarantine_share
-    if bad > limit * rows_in:
+    if too_many(ctx, bad, rows_in):
         raise AuditError(
-            f"{target}: {bad} of {rows_in} rows refused, more than data.max_quarantine_share = {limit}: {reasons}; "
+            f"{target}: {bad} of {rows_in} rows refused, more than data.max_quarantine_share = "
+            f"{ctx.cfg.data.max_quarantine_share}: {reasons}; "
             "nothing published; the rows are in table quarantine"
         )
 

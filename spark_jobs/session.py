@@ -1,5 +1,6 @@
 """The Spark session that every job shares, and reading Delta tables through it."""
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable
@@ -8,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyspark
+from py4j.protocol import Py4JJavaError
 from pyspark.sql import DataFrame, SparkSession
 
 from gr2 import PROJECT
 from gr2.config import Config
 from gr2.context import Context
-from gr2.environment import JARS
+from gr2.environment import class_path, delta_jars, yarn_jars
 from gr2.errors import EnvironmentProblem
 
 LOGGING = PROJECT / "conf" / "log4j2.properties"
@@ -22,25 +23,20 @@ LOGGING = PROJECT / "conf" / "log4j2.properties"
 # one session fill: then the JVM compiles nothing more and interprets.
 JVM = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC -XX:ReservedCodeCacheSize=256m"
 
-LOCAL = {"spark.driver.bindAddress": "127.0.0.1", "spark.driver.host": "127.0.0.1"}  # nobody else needs to reach the driver
-
-YARN_JARS = f"local:{Path(pyspark.__file__).parent}/jars/*"  # every node has this environment: nothing is uploaded
-
 
 def get_session(cfg: Config, root: Path) -> SparkSession:
     """The session of this process, started if there is none. Raises EnvironmentProblem if the Delta jars are not there.
 
     `JVM` suits small jobs; a profile for heavy ones overrides it in spark.extra.
     """
-    jars = sorted(JARS.glob("*.jar"))
-    if not jars:
+    if not delta_jars():
         raise EnvironmentProblem("the Delta jars are missing: run `make setup`")
     os.environ["PYSPARK_PYTHON"] = os.environ["PYSPARK_DRIVER_PYTHON"] = sys.executable  # else workers take another Python
     local = root / "tmp"
     local.mkdir(parents=True, exist_ok=True)
     partitions = str(cfg.spark.shuffle_partitions)
     settings = {
-        "spark.driver.extraClassPath": ":".join(str(j) for j in jars),
+        "spark.driver.extraClassPath": class_path(),
         "spark.sql.extensions": "io.delta.sql.DeltaSparkSessionExtension",
         "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
         "spark.ui.enabled": "false",
@@ -56,10 +52,7 @@ def get_session(cfg: Config, root: Path) -> SparkSession:
         "spark.sql.execution.arrow.pyspark.enabled": "true",
         "spark.sql.codegen.cache.maxEntries": "2000",  # of 100, twenty stages in one session throw out each other's compiled code
         "spark.driver.extraJavaOptions": f"{JVM} -Dlog4j2.configurationFile={LOGGING.as_uri()}",
-        **(LOCAL if cfg.spark.master.startswith("local") else {"spark.jars": ",".join(map(str, jars))}),  # jars for the executors
-        **(
-            {"spark.yarn.jars": YARN_JARS} if cfg.spark.master == "yarn" and "CONTAINER_ID" not in os.environ else {}
-        ),  # there the submission said it
+        **_places(cfg.spark.master),
         **cfg.spark.extra,
     }
     builder = SparkSession.builder.master(cfg.spark.master).appName("gr2")
@@ -68,6 +61,16 @@ def get_session(cfg: Config, root: Path) -> SparkSession:
     spark = builder.getOrCreate()
     spark.sparkContext.setLogLevel("ERROR")
     return spark
+
+
+def _places(master: str) -> dict[str, str]:
+    """How the driver is reached, and where executors find the jars."""
+    if master.startswith("local"):
+        return {"spark.driver.bindAddress": "127.0.0.1", "spark.driver.host": "127.0.0.1"}  # nobody else needs to reach it
+    jars = {"spark.jars": ",".join(str(jar) for jar in delta_jars())}
+    if master == "yarn" and "CONTAINER_ID" not in os.environ:  # in a container of YARN the submission has said it
+        jars["spark.yarn.jars"] = yarn_jars()
+    return jars
 
 
 def read(ctx: Context, name: str, version: int | None = None) -> DataFrame:
@@ -89,10 +92,10 @@ def values(frame: DataFrame, column: str) -> set[Any]:
 
 
 def remove(ctx: Context, place: str) -> None:
-    """Removes a folder with all that is in it, wherever Spark can write; one that is gone is no error."""
-    jvm, hadoop = ctx.spark._jvm, ctx.spark._jsc.hadoopConfiguration()
-    path = jvm.org.apache.hadoop.fs.Path(place)
-    path.getFileSystem(hadoop).delete(path, True)
+    """Removes a folder with all that is in it, wherever Spark can write; what cannot be removed is left."""
+    path = ctx.spark._jvm.org.apache.hadoop.fs.Path(place)
+    with contextlib.suppress(Py4JJavaError):
+        path.getFileSystem(ctx.spark._jsc.hadoopConfiguration()).delete(path, True)
 
 
 def alter(ctx: Context, name: str, change: str) -> None:

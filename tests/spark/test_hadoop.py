@@ -12,7 +12,7 @@ from event_world import event_table
 from pyspark import SparkConf
 from pyspark.java_gateway import launch_gateway
 from test_interactions import random_log
-from test_nights import contents, root
+from test_nights import SETTINGS, contents, root
 
 from gr2 import PROJECT
 from gr2.config import load
@@ -35,7 +35,7 @@ HADOOP = (
     ("org.bouncycastle", "bcutil-jdk18on", "1.79"),
 )
 PLACED = ("interactions", "histories")
-SETTINGS = ["data.max_history=4", "evidence.window=3"]
+YARN = "{spark.executor.memory: 512m, spark.executor.instances: '1', spark.yarn.am.memory: 512m}"
 LIMITS = {
     "yarn.nodemanager.vmem-check-enabled": "false",
     "yarn.nodemanager.disk-health-checker.max-disk-utilization-per-disk-percentage": "100",
@@ -97,9 +97,6 @@ def test_tables_on_hdfs_equal_those_in_a_folder(hadoop, local, tmp_path):
     assert there.lake.read("interactions").num_rows == local.lake.read("interactions").num_rows, "without a JVM, too"
     assert not (tmp_path / "tables").exists()
     assert not (tmp_path / "staging").exists()
-
-
-YARN = "{spark.executor.memory: 512m, spark.executor.instances: '1', spark.yarn.am.memory: 512m}"
 
 
 def test_a_stage_whose_executors_yarn_places(hadoop, local, tmp_path):

@@ -16,7 +16,7 @@ from gr2.context import Context
 from spark_jobs import evidence, increments, interactions
 from spark_jobs import publish as publishing
 from spark_jobs.publish import Overtaken, publish
-from spark_jobs.session import frame_of
+from spark_jobs.session import alter, frame_of
 
 pytestmark = pytest.mark.spark
 BUILT = ("interactions", "histories", "pair_days")
@@ -127,6 +127,22 @@ def test_who_is_overtaken_builds_again(tmp_path, monkeypatch):
     whole = root(tmp_path, "whole")
     night(whole, events)
     assert contents(ctx) == contents(whole)
+
+
+def test_upkeep_of_a_table_overtakes_nobody(tmp_path, monkeypatch):
+    events = log_of(6)
+    half = events.num_rows // 2
+    ctx = root(tmp_path, "nights", dt.date(2026, 3, 1))
+    night(ctx, events.slice(0, half))
+    before = ctx.lake.version("interactions")
+
+    def reached(point: str, name: str) -> None:
+        if point == "audited" and name == "interactions":
+            alter(ctx, "interactions", "SET TBLPROPERTIES ('delta.logRetentionDuration' = 'interval 31 days')")
+
+    monkeypatch.setattr(publishing, "reached", reached)
+    night(ctx, events.slice(half))
+    assert ctx.lake.version("interactions") == before + 2, "the property and the rows, which were built once"
 
 
 def test_a_race_that_never_ends_is_named(tmp_path):

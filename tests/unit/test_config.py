@@ -34,6 +34,7 @@ def test_every_profile_loads_and_says_how_to_run_it(profile):
         ("rl.student.processes=2", "one process"),
         ("opd.train.processes=2", "one process"),
         ("candidates.n=10 ", None),
+        ("paths.lake=s3a://key:secret@bucket/gr2", "paths.lake: String should match"),
         ("seed", "write key=value"),
         ("seed.x=1", "seed: Input should be a valid integer"),
         ("profile.x=1", "'profile' is a value"),

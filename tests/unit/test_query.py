@@ -8,7 +8,8 @@ import pytest
 from deltalake import write_deltalake
 
 import schemas
-from gr2.errors import InputError, MissingInputError
+from gr2.errors import EnvironmentProblem, InputError, MissingInputError
+from schemas.lake import Lake
 from schemas.query import print_query, print_tables, query
 
 pytestmark = pytest.mark.unit
@@ -79,6 +80,11 @@ def test_tables_lists_every_table_with_rows_of_those_that_exist(ctx, capsys):
     print_tables(ctx)
     shown = capsys.readouterr().out
     assert all(name[:8] in shown for name in schemas.NAMES)
+
+
+def test_a_place_that_cannot_be_reached_is_named():
+    with pytest.raises(EnvironmentProblem, match=r"hdfs://127\.0\.0\.1:1/gr2 cannot be reached"):
+        Lake("hdfs://127.0.0.1:1/gr2").exists("events")
 
 
 def test_the_lake_filters_sorts_and_names_the_builder(ctx):
