@@ -9,6 +9,7 @@ is not run again; the table of all that is finished is printed each time. `--let
 """
 
 import argparse
+import gzip
 import json
 import os
 import re
@@ -30,6 +31,7 @@ VARIANTS: dict[str, list[str]] = {
     "rqvae, contrastive": ["tokenizer.contrastive=0.1"],
     "rqvae, text alone": ["embeddings.collaborative_weight=0"],
     "rqvae, random last level": ["tokenizer.collisions=random"],
+    "rqvae, 3 levels of 1,024": ["tokenizer.levels=3", "tokenizer.codes=1024"],
     "rqkmeans": ["tokenizer.builder=rqkmeans"],
     "rqkmeans, text alone": ["tokenizer.builder=rqkmeans", "embeddings.collaborative_weight=0"],
     "rqkmeans, random last level": ["tokenizer.builder=rqkmeans", "tokenizer.collisions=random"],
@@ -48,6 +50,10 @@ def gr2(root: Path, first: str | None, last: str, settings: list[str]) -> None:
     subprocess.run([*words, *(w for s in settings for w in ("--set", s))], check=True)
 
 
+def _json(file: Path) -> dict[str, list[str]]:
+    return dict(json.loads((gzip.decompress if file.suffix == ".gz" else bytes)(file.read_bytes())))
+
+
 def shipped(root: Path, file: Path) -> dict[str, Any]:
     """Puts others' codes in the place of this root's, a free last code drawn where several items share all. Returns their health."""
     import pyarrow as pa
@@ -56,7 +62,7 @@ def shipped(root: Path, file: Path) -> dict[str, Any]:
     from gr2.config import Tokenizer
     from training.collisions import separate
 
-    given = {str(int(key) + 1): [int(re.sub(r"\D", "", word)) for word in words] for key, words in json.loads(file.read_text()).items()}
+    given = {str(int(key) + 1): [int(re.sub(r"\D", "", word)) for word in words] for key, words in _json(file).items()}
     place = root / "tables" / "semantic_ids"
     table = DeltaTable(place).to_pyarrow_table()
     learned_NL = np.array([given[item] for item in table["item_id"].to_pylist()])
