@@ -92,7 +92,7 @@ def run(work: Path, name: str, settings: list[str], letter: Path | None) -> dict
     if done.exists():
         return dict(json.loads(done.read_text()))
     shutil.rmtree(root, ignore_errors=True)
-    shutil.copytree(work / "base", root)
+    shutil.copytree(work / "base", root, ignore=shutil.ignore_patterns("tmp"))
     began = time.monotonic()
     gr2(root, "tokenizer", "semantic_ids", [*RETRIEVER, *settings])
     health = json.loads((root / "runs" / "semantic_ids.json").read_text())["detail"]

@@ -206,6 +206,11 @@ class Candidates(Section):
     n: Positive = 10
     beam: Positive = 20
     item_weight: float = Field(1.0, ge=0)  # of log p(item) beside log p(tokens) in the beams' order; wants midtrain.item_weight
+    pair_share: float = Field(
+        0.4, ge=0, lt=1
+    )  # of counts of what followed what, mixed with the network's probability; 0: the network alone
+    pair_back: float = Field(0.3, ge=0)  # what a pair counts the other way round
+    pair_decay: Share = 0.5  # of an item's vote with each step back in the history
     batch: Positive = 256
     max_requests: int = Field(0, ge=0)  # per split, seeded sample; 0: all. The full-ranking figures use every request kept
     max_rerank: int = Field(0, ge=0)  # the same for the split rerank alone, whose lists only train; 0: as max_requests

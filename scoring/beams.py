@@ -13,6 +13,7 @@ So the prompt is stored once, not once per beam, and nothing is reordered.
 Shapes: B prompts, T prompt tokens, W beams, L levels, K codes, V vocabulary, C cached places, N items.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,12 +30,36 @@ Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """`share` of the probability is that of counts (`scoring.followers`): sparse rows `followers_BN`, one a prompt."""
+
+    share: float
+    followers_BN: Any
+
+
+@dataclass(frozen=True)
 class Found:
-    """Items of each prompt, best first, and the model's state after the prompt (float32, on the CPU)."""
+    """Items of each prompt, best first, their log p(tokens), and the model's state after the prompt (float32, on the CPU)."""
 
     items_BW: Ints
     logprobs_BW: NDArray[np.float32]
     states_BD: torch.Tensor
+
+
+@dataclass(frozen=True)
+class _Mass:
+    """What counts say of the nodes of one depth: ascending keys (prompt * nodes of the depth + node), probability of all items below."""
+
+    keys: Ints
+    sums: NDArray[np.float64]
+    share: float
+
+    def of(self, wanted: Ints) -> NDArray[np.float64]:
+        """The probability of each wanted key; 0 for a node below which nothing was counted."""
+        if not len(self.keys):
+            return np.zeros(len(wanted))
+        place = np.minimum(np.searchsorted(self.keys, wanted), len(self.keys) - 1)
+        return np.where(self.keys[place] == wanted, self.sums[place], 0.0)
 
 
 @dataclass(frozen=True)
@@ -53,6 +78,7 @@ def beam_search(
     prompts: Sequence[Sequence[int]],
     width: int,
     exclude: Sequence[Sequence[int]] | None = None,
+    mixture: Mixture | None = None,
     *,
     pad: int = 0,
     batch: int = 64,
@@ -71,32 +97,45 @@ def beam_search(
     logprobs_BW = np.full((len(prompts), width), -np.inf, dtype=np.float32)
     states_BD = torch.zeros(len(prompts), model.config.hidden_size)
     model.eval()
-    closed = _Closed(trie)
+    leaves = _Leaves(trie)
     for places in by_length(prompts, batch):
-        dead = closed.nodes([exclude[i] for i in places] if exclude is not None else [[]] * len(places))
+        dead = leaves.closed([exclude[i] for i in places] if exclude is not None else [[]] * len(places))
+        mass = leaves.masses(mixture, places) if mixture else None
         with torch.inference_mode(), autocast(model, bf16):
-            found = _search(model, sid_ids_LK, trie, [prompts[i] for i in places], width, dead, pad)
+            found = _search(model, sid_ids_LK, trie, [prompts[i] for i in places], width, dead, pad, mass)
         kept = found.items_BW.shape[1]
         items_BW[places, :kept], logprobs_BW[places, :kept], states_BD[places] = found.items_BW, found.logprobs_BW, found.states_BD
     return Found(items_BW, logprobs_BW, states_BD)
 
 
-def with_item_scores(found: Found, items_ND: torch.Tensor, weight: float) -> Found:
-    """Orders what the beams found by log p(tokens) + weight * log p(item): beams propose, item vectors judge (LIGER, arXiv 2411.18814).
+def judged(found: Found, items_ND: torch.Tensor, weight: float, mixture: Mixture | None = None) -> Found:
+    """Orders what the beams found anew: beams propose, item vectors judge (LIGER, arXiv 2411.18814), and counts have their share.
 
-    p(item) is the softmax over all items that mid-training learned with midtrain.item_weight: the state after the prompt against the
-    items' vectors (`scoring.model.item_vectors`, of the same model). The scores of the result are those sums.
+    The network's score of an item is (log p(tokens) + weight * log p(item)) / (1 + weight). p(item) is the softmax over all items that
+    mid-training learned with midtrain.item_weight: the state after the prompt against the items' vectors (`scoring.model.item_vectors`, of
+    the same model). With a mixture that score is mixed with the counts, as in the beams. The result's log-probabilities are these scores.
     """
-    with torch.inference_mode():
-        logps_BN = (found.states_BD.to(items_ND) @ items_ND.T).float().log_softmax(dim=-1).cpu().numpy()
-    own_BW = np.take_along_axis(logps_BN, np.maximum(found.items_BW, 0), axis=1)
-    scores_BW = (found.logprobs_BW + weight * np.where(found.items_BW >= 0, own_BW, 0.0)).astype(np.float32)
+    there_BW, items_BW = found.items_BW >= 0, np.maximum(found.items_BW, 0)
+    scores_BW: NDArray[np.floating] = found.logprobs_BW
+    if weight:
+        with torch.inference_mode():
+            logps_BN = (found.states_BD.to(items_ND) @ items_ND.T).float().log_softmax(dim=-1).cpu().numpy()
+        scores_BW = (scores_BW + weight * np.take_along_axis(logps_BN, items_BW, axis=1)) / (1 + weight)
+    if mixture:
+        own_BW = mixture.followers_BN[np.arange(len(items_BW))[:, None], items_BW].toarray()
+        scores_BW = _mixed(torch.from_numpy(scores_BW), torch.from_numpy(own_BW), mixture.share).numpy()
+    scores_BW = np.where(there_BW, scores_BW, -np.inf).astype(np.float32)
     order_BW = np.argsort(-scores_BW, axis=1, kind="stable")
     return Found(np.take_along_axis(found.items_BW, order_BW, axis=1), np.take_along_axis(scores_BW, order_BW, axis=1), found.states_BD)
 
 
-class _Closed:
-    """Finds the nodes under which every item is excluded."""
+def _mixed(logps: torch.Tensor, mass: torch.Tensor, share: float) -> torch.Tensor:
+    """log((1 - share) * p + share * mass)."""
+    return torch.logaddexp(logps + math.log1p(-share), mass.to(logps).log() + math.log(share))
+
+
+class _Leaves:
+    """Knows the nodes above each item: which of them hold only excluded items, and what probability the items below them have."""
 
     def __init__(self, trie: Trie) -> None:
         self.trie = trie
@@ -110,7 +149,7 @@ class _Closed:
             self.nodes_DN.insert(0, node_N)
             self.sizes_D.insert(0, np.bincount(node_N))
 
-    def nodes(self, exclude: Sequence[Sequence[int]]) -> list[tuple[Ints, Ints]]:
+    def closed(self, exclude: Sequence[Sequence[int]]) -> list[tuple[Ints, Ints]]:
         """For depth 1..L: `(prompt, node)` pairs that no beam may enter."""
         counts = [len(set(rows)) for rows in exclude]
         prompt_X = np.repeat(np.arange(len(exclude)), counts)
@@ -122,9 +161,26 @@ class _Closed:
             closed.append((keys[full] // len(sizes), keys[full] % len(sizes)))
         return closed
 
+    def masses(self, mixture: Mixture, places: list[int]) -> list[_Mass]:
+        """For depth 1..L, of some prompts."""
+        entries = mixture.followers_BN[places].tocoo()
+        found = []
+        for node_N, sizes in zip(self.nodes_DN, self.sizes_D, strict=True):
+            keys, place = np.unique(entries.row * len(sizes) + node_N[self.leaf_of[entries.col]], return_inverse=True)
+            sums = np.bincount(place, weights=entries.data, minlength=len(keys)).astype(np.float64)
+            found.append(_Mass(keys.astype(np.int64), sums, mixture.share))
+        return found
+
 
 def _search(
-    model: Any, sid_ids_LK: Ints, trie: Trie, prompts: list[Sequence[int]], width: int, dead: list[tuple[Ints, Ints]], pad: int
+    model: Any,
+    sid_ids_LK: Ints,
+    trie: Trie,
+    prompts: list[Sequence[int]],
+    width: int,
+    dead: list[tuple[Ints, Ints]],
+    pad: int,
+    mass: list[_Mass] | None,
 ) -> Found:
     device, count = model.device, len(prompts)
     ids_BT, lengths_B = (tensor.to(device) for tensor in right_padded(prompts, pad))
@@ -136,7 +192,7 @@ def _search(
     for depth in range(trie.levels):
         logps_BWV = model.get_output_embeddings()(hidden_BWD).float().log_softmax(dim=-1)
         logps_BWK = logps_BWV[:, :, torch.from_numpy(sid_ids_LK[depth]).to(device)]
-        codes_BW, beams = _extend(trie, depth, beams, logps_BWK, width, dead[depth])
+        codes_BW, beams = _extend(trie, depth, beams, logps_BWK, width, dead[depth], mass[depth] if mass else None)
         if depth == trie.levels - 1:
             break
         kept = beams.nodes_BW.shape[1]
@@ -157,7 +213,9 @@ def _search(
     return Found(items_BW, beams.logps_BW.cpu().numpy(), last_BD.float().cpu())
 
 
-def _extend(trie: Trie, depth: int, beams: _Beams, logps_BWK: torch.Tensor, width: int, dead: tuple[Ints, Ints]) -> tuple[Ints, _Beams]:
+def _extend(
+    trie: Trie, depth: int, beams: _Beams, logps_BWK: torch.Tensor, width: int, dead: tuple[Ints, Ints], mass: _Mass | None
+) -> tuple[Ints, _Beams]:
     """The `width` best children of all beams of each prompt, best first. Returns their codes, and the new beams."""
     count, beam_count, codes = logps_BWK.shape
     alive_X = np.flatnonzero(beams.nodes_BW.reshape(-1) >= 0)
@@ -177,7 +235,14 @@ def _extend(trie: Trie, depth: int, beams: _Beams, logps_BWK: torch.Tensor, widt
     kept = min(width, int(allowed_BF.sum(dim=1).max()))
     if not bool(allowed_BF.any(dim=1).all()):
         raise ModelError("a prompt has no item left: every item of the trie is excluded for it")
-    best_BW, flat_BW = scores_BF.masked_fill(~allowed_BF, -torch.inf).topk(kept, dim=1)
+    ranked_BF = scores_BF
+    if mass is not None:
+        mass_BF = torch.zeros_like(scores_BF)
+        below = mass.of(flat // (beam_count * codes) * len(trie.tokens[depth]) + child)
+        mass_BF.view(-1)[torch.from_numpy(flat).to(scores_BF.device)] = torch.from_numpy(below).to(scores_BF)
+        ranked_BF = _mixed(scores_BF, mass_BF, mass.share)
+    flat_BW = ranked_BF.masked_fill(~allowed_BF, -torch.inf).topk(kept, dim=1).indices
+    best_BW = scores_BF.masked_fill(~allowed_BF, -torch.inf).gather(1, flat_BW)
     places_BW = flat_BW.cpu().numpy()
     parents_BW = flat_BW // codes
     sees_BWC = torch.gather(beams.sees_BWC, 1, parents_BW[:, :, None].expand(-1, -1, beams.sees_BWC.shape[2]))

@@ -2,8 +2,8 @@
 
 Without --date those of an experiment, with targets; with --date those of a night (`night_lists.py`).
 
-Reads    `interactions`, `semantic_ids`, the models `midtrain` (requests of rerank and valid) and `midtrain-refit` (test); with
-         candidates.source = log `interactions` and `impressions` instead. Then evidence and items, for the features.
+Reads    `interactions`, `semantic_ids`, `item_pairs`, the models `midtrain` (requests of rerank and valid) and `midtrain-refit`
+         (test); with candidates.source = log `interactions` and `impressions` instead. Then evidence and items, for the features.
 Writes   `candidates`: one request; key request_id. `candidate_features`: one candidate of a request; key request_id, item_id.
 Rerun    requests are drawn by hash, beams are exact, the experiment's partitions are replaced: equal inputs give equal content.
 
@@ -43,6 +43,7 @@ from spark_jobs.session import frame_of, read
 SPLITS = ("rerank", "valid", "test")
 FIT = {"rerank": "train", "valid": "train", "test": "refit"}
 MODEL = {"train": "midtrain", "refit": "midtrain-refit"}
+PAIR = ("item_id", "next_item_id", "count")
 REQUEST = ("request_id", "split", "user_id", "as_of", "history_ids", "history_days", "target_id", "slice", "seen_ids")
 
 
@@ -200,13 +201,16 @@ def beamed(cfg: Config, ctx: Context, rows: pa.Table) -> pa.Table:
     for fit, name in MODEL.items():
         chosen = [row for row in rows.to_pylist() if FIT[row["split"]] == fit]
         if chosen:
-            parts += list(ranked(cfg, ctx, chosen, fit, ctx.model(name, "midtrain")))
+            pairs = ctx.lake.read("item_pairs", list(PAIR), fit=fit)
+            parts += list(ranked(cfg, ctx, chosen, fit, ctx.model(name, "midtrain"), pairs))
     return pa.Table.from_pylist(parts, schema=get("candidates").arrow())
 
 
-def ranked(cfg: Config, ctx: Context, rows: list[dict[str, Any]], fit: str, artifact: Artifact) -> Iterator[dict[str, Any]]:
-    """One row of `candidates` for each request, by the pre-ranker `artifact`."""
-    from scoring.beams import beam_search, with_item_scores
+def ranked(
+    cfg: Config, ctx: Context, rows: list[dict[str, Any]], fit: str, artifact: Artifact, pairs: pa.Table
+) -> Iterator[dict[str, Any]]:
+    """One row of `candidates` for each request, by the pre-ranker `artifact` and what `pairs` (columns PAIR) say followed what."""
+    from scoring.beams import Mixture, beam_search, judged
     from scoring.model import item_tokens, item_vectors, load, sid_ids
     from training.midtrain import start_id
 
@@ -219,17 +223,32 @@ def ranked(cfg: Config, ctx: Context, rows: list[dict[str, Any]], fit: str, arti
     tokens_NL = item_tokens(ids_LK, codes_NL)
     items_ND = item_vectors(model, tokens_NL).detach()
     prompts = Prompts(start_id(tokenizer), tokens_NL, place_of, cfg.midtrain.history_items)
+    chosen = cfg.candidates
+    followers = _followers(cfg, pairs, place_of) if chosen.pair_share else None
     rows = sorted(rows, key=lambda row: (len(row["history_ids"]), row["request_id"]))
-    size = cfg.candidates.batch
+    size = chosen.batch
     chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
     for chunk in ctx.track(chunks, f"beams of {artifact.name}", len(chunks)):
         exclude = [sorted({place_of[i] for i in row["seen_ids"] if i in place_of} | hidden(row["as_of"])) for row in chunk]
         texts = [prompts.of(row["history_ids"]) for row in chunk]
-        found = beam_search(model, ids_LK, trie, texts, cfg.candidates.beam, exclude, pad=tokenizer.pad_token_id, batch=size)
-        if cfg.candidates.item_weight:
-            found = with_item_scores(found, items_ND, cfg.candidates.item_weight)
+        known = [[place_of[i] for i in row["history_ids"] if i in place_of] for row in chunk]
+        mixture = Mixture(chosen.pair_share, followers.after(known, exclude)) if followers else None
+        found = beam_search(model, ids_LK, trie, texts, chosen.beam, exclude, mixture, pad=tokenizer.pad_token_id, batch=size)
+        found = judged(found, items_ND, chosen.item_weight, mixture)
         for row, places, scores in zip(chunk, found.items_BW, found.logprobs_BW, strict=True):
             yield row_of(cfg, row, fit, artifact.id, [ids[p] for p in places if p >= 0], scores)
+
+
+def _followers(cfg: Config, pairs: pa.Table, place_of: dict[str, int]) -> Any:
+    """Pairs of live items as a table of counts."""
+    from scoring.followers import Followers
+
+    places = [[place_of.get(item, -1) for item in pairs[column].to_pylist()] for column in PAIR[:2]]
+    earlier_P, later_P = (np.array(column, dtype=np.int64) for column in places)
+    live_P = (earlier_P >= 0) & (later_P >= 0)
+    counts_P = pairs["count"].to_numpy()[live_P]
+    chosen = cfg.candidates
+    return Followers(len(place_of), earlier_P[live_P], later_P[live_P], counts_P, chosen.pair_back, chosen.pair_decay)
 
 
 class Prompts:

@@ -14,6 +14,7 @@ import datetime as dt
 import hashlib
 
 import pyarrow as pa
+from pyspark import StorageLevel
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
@@ -23,7 +24,7 @@ from gr2.config import Config
 from gr2.context import Context, Result
 from gr2.pipeline import read_record, write_record
 from spark_jobs import evidence
-from spark_jobs.candidates import ranked
+from spark_jobs.candidates import PAIR, ranked
 from spark_jobs.features import with_features
 from spark_jobs.publish import publish, rows_hash
 from spark_jobs.session import frame_of, read
@@ -52,11 +53,14 @@ def _lists(cfg: Config, ctx: Context, night: dt.date, model: Artifact, print_: s
     """Makes one night's lists, all of them: what shares a batch shows in a score's last digits."""
     partition = {"split": "live", "night": str(night)}
     asked = requests(read(ctx, "histories"), night, print_.split("-")[0]).orderBy("request_id").toArrow().to_pylist()
-    rows = list(ranked(cfg, ctx, asked, "live", model)) if asked else []
+    pairs, stats = evidence.as_of(ctx, cfg.evidence, night)
+    pairs = pairs.persist(StorageLevel.MEMORY_AND_DISK)  # for the beams and for the features
+    rows = list(ranked(cfg, ctx, asked, "live", model, pairs.select(*PAIR).toArrow())) if asked else []
     schema = schemas.get("candidates").arrow()
     lists = publish(ctx, "candidates", frame_of(ctx, pa.Table.from_pylist(rows, schema=schema)), partition)
     made = read(ctx, "candidates").where((F.col("split") == "live") & (F.col("night") == partition["night"]))
-    publish(ctx, "candidate_features", with_features(ctx, made, *evidence.as_of(ctx, cfg.evidence, night)), partition)
+    publish(ctx, "candidate_features", with_features(ctx, made, pairs, stats), partition)
+    pairs.unpersist()
     if not lists:
         ctx.log(f"candidates: nobody did anything on {night}: no lists")
     return lists

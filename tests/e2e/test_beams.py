@@ -9,7 +9,8 @@ import torch
 from gr2.config import Model
 from gr2.errors import ModelError
 from gr2.sids import Trie, sid_tokens
-from scoring.beams import beam_search, with_item_scores
+from scoring.beams import Mixture, beam_search, judged
+from scoring.followers import Followers
 from scoring.model import build_model, build_vocabulary, item_tokens, item_vectors, sid_ids
 
 pytestmark = pytest.mark.e2e
@@ -57,17 +58,17 @@ def test_wide_beams_are_the_enumeration_of_all_items(world: Any) -> None:
         assert found.items_BW[row, 0] == truth.argmax()
 
 
-def test_item_scores_are_the_softmax_over_items_added_to_the_beams(world: Any) -> None:
+def test_item_scores_are_the_softmax_over_items_averaged_with_the_beams(world: Any) -> None:
     model, tokenizer, codes_NL, trie, prompts = world
     tokens_NL, pad = tokens_of(tokenizer, codes_NL), tokenizer.pad_token_id
     found = beam_search(model, sid_ids(tokenizer), trie, prompts, 12, [[0], [1], [], [], []], pad=pad, bf16=False)
     items_ND = model.get_input_embeddings().weight.detach()[tokens_NL].sum(dim=1)
-    both = with_item_scores(found, item_vectors(model, tokens_NL), 0.5)
+    both = judged(found, item_vectors(model, tokens_NL), 0.5)
     for row, prompt in enumerate(prompts):
         with torch.inference_mode():
             state_D = model.base_model(torch.tensor([prompt])).last_hidden_state[0, -1]
         item_N = torch.log_softmax(state_D @ items_ND.T, dim=-1).numpy()
-        truth = dict(zip(found.items_BW[row], found.logprobs_BW[row] + 0.5 * item_N[found.items_BW[row]], strict=True))
+        truth = dict(zip(found.items_BW[row], (found.logprobs_BW[row] + 0.5 * item_N[found.items_BW[row]]) / 1.5, strict=True))
         assert both.items_BW[row].tolist() == sorted(truth, key=lambda item: -truth[item]), "the beams' items in another order, no other"
         np.testing.assert_allclose(both.logprobs_BW[row], sorted(truth.values(), reverse=True), atol=1e-4)
 
@@ -76,10 +77,50 @@ def test_rows_without_enough_items_keep_their_gaps_last(world: Any) -> None:
     model, tokenizer, codes_NL, trie, prompts = world
     exclude = [list(range(5, ITEMS))]
     found = beam_search(model, sid_ids(tokenizer), trie, prompts[:1], 9, exclude, pad=tokenizer.pad_token_id, bf16=False)
-    both = with_item_scores(found, item_vectors(model, tokens_of(tokenizer, codes_NL)), 1.0)
+    both = judged(found, item_vectors(model, tokens_of(tokenizer, codes_NL)), 1.0)
     assert sorted(both.items_BW[0, :5].tolist()) == [0, 1, 2, 3, 4]
     assert (both.items_BW[0, 5:] == -1).all()
     assert np.isneginf(both.logprobs_BW[0, 5:]).all()
+
+
+@pytest.fixture(scope="module")
+def counted() -> Followers:
+    """Counts under which some items often follow others."""
+    rng = np.random.default_rng(5)
+    pairs = {(int(a), int(b)) for a, b in rng.integers(0, ITEMS, size=(300, 2)) if a != b}
+    earlier_P, later_P = np.array(sorted(pairs)).T
+    return Followers(ITEMS, earlier_P, later_P, rng.integers(1, 9, size=len(pairs)), back=0.3, decay=0.5)
+
+
+def test_a_mixture_is_searched_exactly(world: Any, counted: Followers) -> None:
+    model, tokenizer, codes_NL, trie, prompts = world
+    histories, exclude = [[1, 2], [3], [4, 5, 6], [], [7, 8]], [[1, 2], [3], [4, 5, 6], [], [7, 8, 9, 10]]
+    mixture = Mixture(0.4, counted.after(histories, exclude))
+    search = {"pad": tokenizer.pad_token_id, "bf16": False, "batch": 3}
+    found = beam_search(model, sid_ids(tokenizer), trie, prompts, ITEMS, exclude, mixture, **search)
+    both = judged(found, item_vectors(model, tokens_of(tokenizer, codes_NL)), 0.0, mixture)
+    for row, prompt in enumerate(prompts):
+        own_N = np.exp(enumerate_items(model, prompt, tokens_of(tokenizer, codes_NL)).astype(np.float64))
+        truth_N = 0.6 * own_N + 0.4 * mixture.followers_BN.toarray()[row]
+        truth_N[exclude[row]] = 0
+        order = np.argsort(-truth_N, kind="stable")[: ITEMS - len(exclude[row])]
+        np.testing.assert_allclose(np.exp(both.logprobs_BW[row, : len(order)]), truth_N[order], rtol=2e-3, atol=1e-9)
+        assert np.array_equal(both.items_BW[row], found.items_BW[row]), "beams are already in the order of the mixture"
+        np.testing.assert_allclose(found.logprobs_BW[row, 0], np.log(own_N[found.items_BW[row, 0]]), atol=2e-4)
+
+
+def test_narrow_beams_reach_what_only_the_counts_know(world: Any, counted: Followers) -> None:
+    """An item whose first code the network finds unlikely is found, where counts are sure of it."""
+    model, tokenizer, codes_NL, trie, prompts = world
+    probs_N = enumerate_items(model, prompts[1], tokens_of(tokenizer, codes_NL))
+    first_K = [probs_N[codes_NL[:, 0] == code].max(initial=-np.inf) for code in range(CODES)]
+    hidden = int(np.flatnonzero(codes_NL[:, 0] == np.argmin(np.where(np.isfinite(first_K), first_K, np.inf)))[0])
+    sure = Followers(ITEMS, np.array([0]), np.array([hidden]), np.array([50.0]), back=0.0, decay=0.5).after([[0]], [[0]])
+    search = {"pad": tokenizer.pad_token_id, "bf16": False}
+    alone = beam_search(model, sid_ids(tokenizer), trie, prompts[1:2], 3, [[0]], **search)
+    mixed = beam_search(model, sid_ids(tokenizer), trie, prompts[1:2], 3, [[0]], Mixture(0.4, sure), **search)
+    assert hidden not in alone.items_BW[0]
+    assert mixed.items_BW[0, 0] == hidden
 
 
 def test_exclusion_is_the_enumeration_without_those_items(world: Any) -> None:
