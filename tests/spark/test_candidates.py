@@ -86,8 +86,9 @@ def world(ctx: Context, windows: tuple[int, int, int] | None) -> list[dict[str, 
     return rows
 
 
-def scores_of_all(ctx: Context, name: str, history: list[str]) -> np.ndarray:
-    """log p(tokens) + log p(item) of every item after a history, one by one, by whole forward passes."""
+def scores_of_all(ctx: Context, name: str, row: dict[str, Any]) -> np.ndarray:
+    """log of the mixture of every item after a history: the network one by one, by whole forward passes; counts in plain loops."""
+    history = row["history_ids"]
     model, tokenizer = load(ctx.model(name, "midtrain").path)
     ids_LK = sid_ids(tokenizer)
     prompt = [tokenizer.bos_token_id, *(int(ids_LK[level, c]) for i in history[-5:] for level, c in enumerate(codes_of(int(i[1:]))))]
@@ -102,7 +103,23 @@ def scores_of_all(ctx: Context, name: str, history: list[str]) -> np.ndarray:
         table = model.get_input_embeddings().weight
         items_ND = torch.stack([sum(table[ids_LK[level, c]] for level, c in enumerate(codes_of(item))) for item in range(ITEMS)])
         whole_N = torch.log_softmax(items_ND @ state_D, dim=-1).numpy()
-    return np.array(found) + whole_N
+    network_N = np.exp((np.array(found) + whole_N) / 2)
+    return np.log(0.6 * network_N + 0.4 * counted(ctx, row["fit"], history))
+
+
+def counted(ctx: Context, fit: str, history: list[str]) -> np.ndarray:
+    """What `item_pairs` of a fit say of each item after a history, by the definition."""
+    pairs = ctx.lake.read("item_pairs", ["item_id", "next_item_id", "count"], fit=fit).to_pylist()
+    votes_N, total = np.zeros(ITEMS), sum(0.5**step for step in range(len(history)))
+    for step, item in enumerate(reversed(history)):
+        own = np.zeros(ITEMS)
+        for pair in pairs:
+            if pair["item_id"] == item:
+                own[int(pair["next_item_id"][1:])] += pair["count"]
+            if pair["next_item_id"] == item:
+                own[int(pair["item_id"][1:])] += 0.3 * pair["count"]
+        votes_N += 0.5**step / total * own / (own.sum() + 3)
+    return votes_N
 
 
 def test_beams_rank_every_live_item_but_the_history(make_ctx: Callable[..., Context]) -> None:
@@ -126,7 +143,7 @@ def test_beams_rank_every_live_item_but_the_history(make_ctx: Callable[..., Cont
         assert row["target_rank"] == (row["full_rank"] if row["full_rank"] and row["full_rank"] <= 5 else None)
     for row in table[:: len(table) // 4]:
         name = "midtrain-refit" if row["split"] == "test" else "midtrain"
-        scores = scores_of_all(ctx, name, row["history_ids"])
+        scores = scores_of_all(ctx, name, row)
         assert np.allclose([scores[int(i[1:])] for i in row["candidate_ids"]], row["prior_scores"], atol=0.1)
     features = ctx.lake.read("candidate_features", order_by=["request_id", "incoming_rank"]).to_pylist()
     assert [(f["request_id"], f["item_id"]) for f in features] == [(r["request_id"], i) for r in table for i in r["candidate_ids"]]
