@@ -11,6 +11,7 @@ A rerun is harmless: all of it is seeded and replaced whole.
 """
 
 import zlib
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -27,10 +28,9 @@ FEATURES = (
     "incoming_rank", "prior_score", "prior_gap", "popularity", "recent", "pair_last", "pair_next", "pair_max", "pair_sum", "lift_max",
     "pair_gap_days", "same_brand", "category_overlap", "text_similarity", "text_similarity_max", "price_ratio", "days_since_seen",
 )  # fmt: skip
-GRID: tuple[dict[str, Any], ...] = (
-    {"num_leaves": 7, "min_data_in_leaf": 50},
-    {"num_leaves": 15, "min_data_in_leaf": 50},
-    {"num_leaves": 31, "min_data_in_leaf": 100},
+GRID: tuple[dict[str, Any], ...] = tuple(
+    {"num_leaves": leaves, "min_data_in_leaf": least, "learning_rate": rate, "lambda_l2": ridge}
+    for leaves, least, rate, ridge in product((7, 15, 31), (20, 50, 100), (0.03, 0.08), (0.0, 10.0))
 )
 ROUNDS, PATIENCE, PICK_AT = 400, 30, 3
 
@@ -117,7 +117,7 @@ def fit_lambdamart(train: pa.Table, valid: pa.Table, seed: int) -> tuple[Any, di
     best: tuple[float, Any, dict[str, Any]] | None = None
     for choice in GRID:
         settings = {
-            **choice, "objective": "lambdarank", "metric": "ndcg", "eval_at": [PICK_AT], "learning_rate": 0.05, "verbosity": -1,
+            **choice, "objective": "lambdarank", "metric": "ndcg", "eval_at": [PICK_AT], "verbosity": -1,
             "deterministic": True, "force_row_wise": True, "num_threads": 2, "seed": seed, "feature_pre_filter": False,
         }  # fmt: skip
         stop = lightgbm.early_stopping(PATIENCE, verbose=False)

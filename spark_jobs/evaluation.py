@@ -97,7 +97,7 @@ def run(cfg: Config, ctx: Context) -> Result:
     requests = judged(ctx)
     scored = [r for r in current_scores(cfg, ctx) if r["request_id"] in requests.place]
     coverage = list(check_coverage(requests, scored))
-    orders: Orders = {("prerank", "order"): requests.incoming, **_baselines(ctx), **_models(scored)}
+    orders = all_orders(ctx, requests, scored)
     rows = [*figures(cfg, requests, orders), *full_ranking(cfg, requests)]
     common = {"run_id": ctx.run_id, "profile": cfg.profile, "protocol": f"{cfg.data.protocol}/{cfg.data.same_day_order}", "seed": cfg.seed}
     count = _replace_run(ctx, "metrics", [{**common, **row} for row in rows])
@@ -145,6 +145,11 @@ def check_coverage(requests: Requests, scored: list[dict[str, Any]]) -> Iterator
             f"requests not scored that have their target; of {misses} without it {len(done - hits)} were: the rest is zero in any order"
         )
         yield finding("coverage", f"{model}/{mode}", float(len(hits - done)), high=0.0, detail=detail)
+
+
+def all_orders(ctx: Context, requests: Requests, scored: list[dict[str, Any]]) -> Orders:
+    """The incoming order, those of the baselines, those of the models' first replica."""
+    return {("prerank", "order"): requests.incoming, **_baselines(ctx), **_models(scored)}
 
 
 def _models(scored: list[dict[str, Any]]) -> Orders:
