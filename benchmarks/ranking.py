@@ -106,9 +106,7 @@ def rerank(runs: Sequence[Run]) -> None:
         if not users:
             continue
         listed = {user for run in runs for user in run.values["prerank", "order", "recall@1"]} & users
-        print(
-            f"\n`{slice_}`: {len(users):,} users, {len(listed):,} with the target in a list (ceiling {len(listed) / len(users):.4f})\n"
-        )
+        print(f"\n`{slice_}`: {len(users):,} users, {len(listed):,} with the target in a list (ceiling {len(listed) / len(users):.4f})\n")
         print(
             "| order | R@1 | R@3 | N@3 | R@1 of all | N@3 over incoming | N@3 over LambdaMART | R@1 over LambdaMART | R@3 over LambdaMART |"
         )
