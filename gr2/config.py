@@ -211,6 +211,8 @@ class Candidates(Section):
     )  # of counts of what followed what, mixed with the network's probability; 0: the network alone
     pair_back: float = Field(0.3, ge=0)  # what a pair counts the other way round
     pair_decay: Share = 0.5  # of an item's vote with each step back in the history
+    debias: Literal["none", "position"] = "none"  # of logged lists: clicks over the probability that their slot was looked at
+    max_weight: float = Field(10.0, ge=1.0)  # that a click may get
     batch: Positive = 256
     max_requests: int = Field(0, ge=0)  # per split, seeded sample; 0: all. The full-ranking figures use every request kept
     max_rerank: int = Field(0, ge=0)  # the same for the split rerank alone, whose lists only train; 0: as max_requests

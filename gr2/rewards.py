@@ -47,7 +47,7 @@ def reward(
     kind: Kind,
     incoming: Sequence[str],
     shown: Sequence[str],
-    grades: Sequence[int],
+    grades: Sequence[float],
     parsed: Parsed,
     evidence: Collection[str],
     settings: Settings,
@@ -80,7 +80,7 @@ def reward(
 # -- ranking ----------------------------------------------------------------------------------------------------------
 
 
-def rank_reward(kind: Kind, before: Sequence[int], after: Sequence[int]) -> float:
+def rank_reward(kind: Kind, before: Sequence[float], after: Sequence[float]) -> float:
     """R_rank of METHOD 8 from the grades read along D and along o (the same multiset, one grade above 0 at least)."""
     if kind == "gr2":
         return (mean_top_rank(before) - mean_top_rank(after)) / len(before)
@@ -88,11 +88,11 @@ def rank_reward(kind: Kind, before: Sequence[int], after: Sequence[int]) -> floa
         return 0.0 if is_ideal(kind, after) else ndcg(after) - 1.0
     if kind == "normalised":
         return max(-1.0, min(1.0, (ndcg(after) - ndcg(before)) / (1.0 - ndcg(before))))
-    score: Callable[[Sequence[int]], float] = auc if kind == "auc" else ndcg
+    score: Callable[[Sequence[float]], float] = auc if kind == "auc" else ndcg
     return score(after) - score(before)
 
 
-def is_ideal(kind: Kind, grades: Sequence[int]) -> bool:
+def is_ideal(kind: Kind, grades: Sequence[float]) -> bool:
     """Whether no order of the same candidates scores higher. `gr2` looks at the best grade alone, the others at all."""
     if kind == "gr2":
         best = [g == max(grades) for g in grades]
@@ -100,26 +100,26 @@ def is_ideal(kind: Kind, grades: Sequence[int]) -> bool:
     return list(grades) == sorted(grades, reverse=True)
 
 
-def mean_top_rank(grades: Sequence[int]) -> float:
+def mean_top_rank(grades: Sequence[float]) -> float:
     """Rank of the target from 1; the mean rank where several share the best grade."""
     places = [place for place, g in enumerate(grades, 1) if g == max(grades)]
     return sum(places) / len(places)
 
 
-def ndcg(grades: Sequence[int]) -> float:
+def ndcg(grades: Sequence[float]) -> float:
     """NDCG of grades read along an order, gain 2^g - 1, discount log2(1 + rank). 0 where nothing is relevant."""
     best = _dcg(sorted(grades, reverse=True))
     return _dcg(grades) / best if best > 0 else 0.0
 
 
-def auc(grades: Sequence[int]) -> float:
+def auc(grades: Sequence[float]) -> float:
     """Share of pairs of different grade that stand right, each weighed by its difference in gain. 0 where all grades are equal."""
     pairs = [(2**a - 2**b, a > b) for place, a in enumerate(grades) for b in grades[place + 1 :] if a != b]
     total = sum(abs(weight) for weight, _ in pairs)
     return sum(weight for weight, right in pairs if right) / total if total else 0.0
 
 
-def _dcg(grades: Sequence[int]) -> float:
+def _dcg(grades: Sequence[float]) -> float:
     """Read along the grades: candidates of equal grade that change places leave every bit as it was, so rounding is no improvement."""
     return sum((2**g - 1) / math.log2(1 + rank) for rank, g in enumerate(grades, 1))
 

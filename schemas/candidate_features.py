@@ -4,7 +4,7 @@ from schemas.base import DOUBLE, INT, STRING, Column, Table
 
 TABLE = Table(
     name="candidate_features",
-    version="2.0",
+    version="2.1",
     grain="one candidate of one request",
     key=("request_id", "item_id"),
     partition_by=("split", "night"),
@@ -32,6 +32,7 @@ TABLE = Table(
         Column("price_ratio", DOUBLE, "price over the mean price of the history; 1 where unknown"),
         Column("days_since_seen", DOUBLE, "days from the item's last fitted interaction to the request; -1 where none"),
         Column("grade", INT, "relevance, as in candidates: a label, never a feature"),
+        Column("weight", DOUBLE, "what the grade counts, as in candidates: no feature either", nullable=True),
         Column("night", STRING, "partition: as in candidates"),
     ),
 )

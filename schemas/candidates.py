@@ -5,7 +5,7 @@ from schemas.base import DATE, FLOAT, INT, STRING, Column, Table, list_of
 EXPERIMENT = "none"  # the night of lists that have targets
 TABLE = Table(
     name="candidates",
-    version="2.0",
+    version="2.1",
     grain="one request",
     key=("request_id",),
     partition_by=("split", "night"),
@@ -34,8 +34,14 @@ TABLE = Table(
         Column("history_ids", list_of(STRING), "items before the target, oldest first"),
         Column("history_days", list_of(INT), "days between each and the target"),
         Column("candidate_ids", list_of(STRING), "incoming order, best first"),
-        Column("prior_scores", list_of(FLOAT), "pre-ranker: log p(tokens) + candidates.item_weight * log p(item); log: minus the position"),
+        Column("prior_scores", list_of(FLOAT), "pre-ranker: log of its mixture of network and counts; log: minus the position"),
         Column("grades", list_of(INT), "relevance of each: 0, 1 (target, click), 2 (purchase)"),
+        Column(
+            "weights",
+            list_of(FLOAT),
+            "what a positive grade counts: 1 over the probability that its slot was looked at; null where no log was debiased",
+            nullable=True,
+        ),
         Column("target_id", STRING, "the item that followed, where there is just one", nullable=True),
         Column("target_rank", INT, "its place in the list from 1; null where it is not in it", nullable=True),
         Column("full_rank", INT, "its place in the pre-ranker's full beam from 1; null beyond the beam", nullable=True),

@@ -1,10 +1,10 @@
 """Prompts for RL and OPD, each with what a verifier needs."""
 
-from schemas.base import BOOL, INT, LONG, STRING, Column, Table, list_of
+from schemas.base import BOOL, FLOAT, INT, LONG, STRING, Column, Table, list_of
 
 TABLE = Table(
     name="rl_prompts",
-    version="1.0",
+    version="1.1",
     grain="one prompt",
     key=("prompt_id",),
     partition_by=("split",),
@@ -19,6 +19,7 @@ TABLE = Table(
         Column("incoming", list_of(STRING), "labels in the incoming order D (after re-drawing)"),
         Column("shown", list_of(STRING), "labels in the order shown"),
         Column("grades", list_of(INT), "relevance of each label of `incoming`"),
+        Column("weights", list_of(FLOAT), "what each grade counts, as in candidates", nullable=True),
         Column("evidence", list_of(STRING), "what a thought may cite: labels and evidence words shown"),
         Column("prompt_hash", STRING, "hash of template and text"),
         Column("ordinal", LONG, "order of reading"),

@@ -110,10 +110,18 @@ def fold_of(user: str) -> int:
     return seed_of("fold", user) % FOLDS
 
 
-def fit(raw_RNC: Floats, there_RN: NDArray[np.bool_], grades_RN: Floats, folds_R: NDArray[np.int64], ridge: float = RIDGE) -> Program:
+def fit(
+    raw_RNC: Floats,
+    there_RN: NDArray[np.bool_],
+    grades_RN: Floats,
+    folds_R: NDArray[np.int64],
+    ridge: float = RIDGE,
+    weights_RN: Floats | None = None,
+) -> Program:
     """Fits both folds: each on the lists of the other one's users that hold something relevant.
 
-    `grades_RN`: relevance; lists with several relevant items share their weight. Raises EngineError where a fold has nothing to learn from.
+    `grades_RN`: relevance; the relevant items of a list share it. `weights_RN`: what each of them counts (inverse propensities).
+    Raises EngineError where a fold has nothing to learn from.
     """
     holds_R = (np.where(there_RN, grades_RN, 0.0) > 0).any(axis=1)
     raw_RNC, there_RN, grades_RN, folds_R = raw_RNC[holds_R], there_RN[holds_R], grades_RN[holds_R], folds_R[holds_R]
@@ -128,6 +136,7 @@ def fit(raw_RNC: Floats, there_RN: NDArray[np.bool_], grades_RN: Floats, folds_R
     standard_RNF = (features_RNF - center_F) / scale_F
     relevant_RN = np.where(there_RN, np.maximum(grades_RN, 0.0), 0.0)
     share_RN = relevant_RN / np.maximum(relevant_RN.sum(axis=1, keepdims=True), 1e-12)
+    share_RN = share_RN if weights_RN is None else share_RN * weights_RN[holds_R]
     rows = []
     for fold in range(FOLDS):
         taught = folds_R != fold
@@ -139,12 +148,14 @@ def _conditional_logit(features_RNF: Floats, there_RN: NDArray[np.bool_], share_
     """Weights that maximise sum_r sum_n share_rn * log softmax_n(w . x_rn) - ridge / 2 * |w|^2."""
     from scipy.optimize import minimize
 
+    total_R1 = share_RN.sum(axis=1, keepdims=True)  # 1 without weights
+
     def loss(weights_F: Floats) -> tuple[float, Floats]:
         scores_RN = np.where(there_RN, features_RNF @ weights_F, -np.inf)
         scores_RN = scores_RN - scores_RN.max(axis=1, keepdims=True)
         log_RN = scores_RN - np.log(np.exp(scores_RN).sum(axis=1, keepdims=True))
         gain = float((share_RN * np.where(there_RN, log_RN, 0.0)).sum())
-        slope_F = np.einsum("rn,rnf->f", np.exp(log_RN) - share_RN, features_RNF)
+        slope_F = np.einsum("rn,rnf->f", total_R1 * np.exp(log_RN) - share_RN, features_RNF)
         return 0.5 * ridge * float(weights_F @ weights_F) - gain, slope_F + ridge * weights_F
 
     found = minimize(loss, np.zeros(features_RNF.shape[2]), jac=True, method="L-BFGS-B", options={"maxiter": 300})

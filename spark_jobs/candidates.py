@@ -1,6 +1,6 @@
 """Stage `candidates`: the lists that the re-ranker gets, one a request, and the evidence of each candidate.
 
-Without --date those of an experiment, with targets; with --date those of a night (`night_lists.py`).
+Without --date those of an experiment, with targets (logged slates: `logged_lists.py`); with --date those of a night (`night_lists.py`).
 
 Reads    `interactions`, `semantic_ids`, `item_pairs`, the models `midtrain` (requests of rerank and valid) and `midtrain-refit`
          (test); with candidates.source = log `interactions` and `impressions` instead. Then evidence and items, for the features.
@@ -32,7 +32,7 @@ from pyspark.sql.window import Window
 from gr2.artifacts import Artifact
 from gr2.config import Config
 from gr2.context import Context, Result
-from gr2.errors import ConfigError, InputError
+from gr2.errors import InputError
 from gr2.sids import Trie
 from schemas import get
 from schemas.candidates import EXPERIMENT
@@ -53,7 +53,7 @@ def run(cfg: Config, ctx: Context) -> Result:
         return importlib.import_module("spark_jobs.night_lists").build(cfg, ctx, ctx.date)
     interactions = read(ctx, "interactions")
     if cfg.candidates.source == "log":
-        frame = logged(cfg, interactions, read(ctx, "impressions"))
+        frame = importlib.import_module("spark_jobs.logged_lists").logged(cfg, interactions, read(ctx, "impressions"))
         if frame.isEmpty():
             raise InputError("no logged slate has a click and a user with a history: there is nothing to re-rank in these data")
     else:
@@ -82,7 +82,7 @@ def requests(cfg: Config, interactions: DataFrame) -> DataFrame:
     each = users.select("user_id", "steps", F.posexplode("steps").alias("place", "target")).where(F.col("target.split").isin(*SPLITS))
     before = each.withColumn("before", F.slice("steps", 1, F.col("place"))).withColumn("last", F.try_element_at("before", F.lit(-1)))
     fresh = before.where((F.col("place") > 0) & ~F.array_contains("before.item_id", F.col("target.item_id")))
-    kept = fresh.withColumn("kept", _tail("before", cfg.data.max_history))
+    kept = fresh.withColumn("kept", tail("before", cfg.data.max_history))
     split = F.col("target.split")
     rows = kept.select(
         F.concat_ws(":", split, "user_id", F.col("target.ordinal").cast("string")).alias("request_id"),
@@ -96,7 +96,7 @@ def requests(cfg: Config, interactions: DataFrame) -> DataFrame:
         F.array_distinct("before.item_id").alias("seen_ids"),
     )
     most = 1 if cfg.data.protocol == "leave_one_out" else cfg.data.max_requests_per_user
-    return _first_of(rows, ["split", "user_id"], most, cfg.seed).select(*REQUEST)
+    return first_of(rows, ["split", "user_id"], most, cfg.seed).select(*REQUEST)
 
 
 def sampled(rows: DataFrame, cfg: Config) -> DataFrame:
@@ -116,7 +116,7 @@ def slice_of(target_day: Column, last_day: Column, known: Column) -> Column:
     return F.when(F.coalesce(known, F.lit(False)), within).otherwise(F.lit("unknown_day"))
 
 
-def _tail(array: str, count: int) -> Column:
+def tail(array: str, count: int) -> Column:
     return F.slice(array, F.greatest(F.size(array) - count, F.lit(0)) + 1, count)
 
 
@@ -124,72 +124,8 @@ def _seeded(partition: list[str], seed: int) -> Any:
     return Window.partitionBy(*partition).orderBy(F.xxhash64(F.lit(seed), "request_id"), "request_id")
 
 
-def _first_of(rows: DataFrame, partition: list[str], most: int, seed: int) -> DataFrame:
+def first_of(rows: DataFrame, partition: list[str], most: int, seed: int) -> DataFrame:
     return rows.withColumn("draw", F.row_number().over(_seeded(partition, seed))).where(F.col("draw") <= most).drop("draw")
-
-
-# -- lists of an impression log ---------------------------------------------------------------------------------------
-
-
-def logged(cfg: Config, interactions: DataFrame, impressions: DataFrame) -> DataFrame:
-    """Slates of the log with at least one click, in the contract's columns: incoming order is reading order, grades are the log's.
-
-    A slate belongs to the split whose window its day lies in. Raises ConfigError under leave-one-out, which cuts no days.
-    """
-    if cfg.data.protocol != "time":
-        raise ConfigError("candidates.source=log needs data.protocol=time: a logged slate belongs to a window of days")
-    windows = interactions.groupBy("split").agg(F.max("event_date").alias("until"))
-    slate = F.sort_array(F.collect_list(F.struct("position", "item_id", "grade")))
-    slates = impressions.groupBy("request_id", "user_id").agg(
-        F.min("request_time").alias("at"), F.min("event_date").alias("as_of"), F.slice(slate, 1, cfg.candidates.n).alias("slate")
-    )
-    clicked = slates.where(F.exists("slate.grade", lambda grade: grade > 0))
-    dated = clicked.join(F.broadcast(windows), on=F.col("as_of") <= F.col("until"), how="left").withColumn(
-        "order", F.array_position(F.array(*(F.lit(s) for s in ("pretrain", *SPLITS))), F.coalesce("split", F.lit("test")))
-    )
-    split = dated.groupBy("request_id").agg(F.min_by("split", "order").alias("split"))  # the first window that ends on the day or later
-    rows = (
-        clicked.join(split, on="request_id", how="inner")
-        .withColumn("split", F.coalesce("split", F.lit("test")))
-        .where(F.col("split").isin(*SPLITS))
-    )
-    drawn = _first_of(rows, ["split", "user_id"], cfg.data.max_requests_per_user, cfg.seed)
-    return _as_contract(sampled(_with_history(cfg, drawn, interactions), cfg))
-
-
-def _with_history(cfg: Config, rows: DataFrame, interactions: DataFrame) -> DataFrame:
-    """Adds what the user chose before the slate was shown; slates of users without a history stay out."""
-    acts = interactions.select("user_id", "ordinal", F.col("item_id").alias("history_item"), "event_time", "event_date", "day_known")
-    earlier = rows.join(acts, on="user_id", how="inner").where(F.col("event_time") < F.col("at"))
-    step = F.sort_array(F.collect_list(F.struct("ordinal", "history_item", "event_date", "day_known")))
-    before = earlier.groupBy("request_id").agg(step.alias("before"))
-    return rows.join(before, on="request_id", how="inner").withColumn("kept", _tail("before", cfg.data.max_history))
-
-
-def _as_contract(rows: DataFrame) -> DataFrame:
-    last = F.try_element_at("kept", F.lit(-1))
-    positive = F.filter("slate", lambda c: c["grade"] > 0)
-    target = F.when(F.size(positive) == 1, F.get(positive, F.lit(0))["item_id"])
-    fit = F.create_map(*(F.lit(v) for pair in FIT.items() for v in pair))
-    return rows.withColumn("target_id", target).select(
-        "request_id",
-        "split",
-        "user_id",
-        F.lit("log").alias("source"),
-        F.lit("log").alias("model_id"),
-        fit[F.col("split")].alias("fit"),
-        "as_of",
-        F.col("kept.history_item").alias("history_ids"),
-        F.transform("kept.event_date", lambda day: F.datediff("as_of", day)).alias("history_days"),
-        F.col("slate.item_id").alias("candidate_ids"),
-        F.transform("slate.position", lambda p: -p.cast("float")).alias("prior_scores"),
-        F.col("slate.grade").alias("grades"),
-        "target_id",
-        F.when(F.col("target_id").isNotNull(), F.array_position("slate.item_id", F.col("target_id")).cast("int")).alias("target_rank"),
-        F.lit(None).cast("int").alias("full_rank"),
-        slice_of(F.col("as_of"), last["event_date"], last["day_known"]).alias("slice"),
-        F.lit(EXPERIMENT).alias("night"),
-    )
 
 
 # -- lists of the generative pre-ranker -------------------------------------------------------------------------------
@@ -300,6 +236,7 @@ def row_of(cfg: Config, row: dict[str, Any], fit: str, model_id: str, items: lis
         "candidate_ids": items[:n],
         "prior_scores": [float(s) for s in scores[:n]],
         "grades": [int(item == target) for item in items[:n]],
+        "weights": None,
         "target_rank": rank if rank and rank <= n else None,
         "full_rank": rank,
         "night": row.get("night", EXPERIMENT),

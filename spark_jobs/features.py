@@ -19,7 +19,7 @@ from gr2.context import Context
 from spark_jobs.session import read
 
 LOOKBACK = 20  # history items, latest first, that evidence is looked up for
-REQUEST = ("request_id", "split", "night", "fit", "as_of", "item_id", "incoming_rank", "prior_score", "prior_gap", "grade")
+REQUEST = ("request_id", "split", "night", "fit", "as_of", "item_id", "incoming_rank", "prior_score", "prior_gap", "grade", "weight")
 
 
 def with_features(ctx: Context, candidates: DataFrame, pairs: DataFrame | None = None, stats: DataFrame | None = None) -> DataFrame:
@@ -59,7 +59,9 @@ def cross(candidates: DataFrame) -> DataFrame:
         "as_of",
         F.slice(F.reverse("history_ids"), 1, LOOKBACK).alias("history"),
         F.get("prior_scores", F.lit(0)).cast("double").alias("first_score"),
-        F.posexplode(F.arrays_zip("candidate_ids", "prior_scores", "grades")).alias("place", "candidate"),
+        F.posexplode(F.arrays_zip("candidate_ids", "prior_scores", "grades", F.coalesce("weights", F.array()).alias("weights"))).alias(
+            "place", "candidate"
+        ),
     )
     return listed.select(
         "request_id",
@@ -72,6 +74,7 @@ def cross(candidates: DataFrame) -> DataFrame:
         F.col("candidate.prior_scores").cast("double").alias("prior_score"),
         (F.col("first_score") - F.col("candidate.prior_scores")).alias("prior_gap"),
         F.col("candidate.grades").alias("grade"),
+        F.col("candidate.weights").cast("double").alias("weight"),
         F.posexplode_outer("history").alias("step", "history_item"),
     ).withColumn("step", F.col("step") + 1)
 

@@ -24,8 +24,8 @@ from schemas.candidates import EXPERIMENT
 from scoring.engine import seed_of
 from scoring.model import encode_all, prompt_text
 
-LABELLING = ("request_id", "split", "night", "item_id", "grade")  # columns of candidate_features that are no evidence
-REQUEST = ("request_id", "split", "user_id", "fit", "as_of", "history_ids", "history_days", "candidate_ids", "grades", "night")
+LABELLING = ("request_id", "split", "night", "item_id", "grade", "weight")  # columns of candidate_features that are no evidence
+REQUEST = ("request_id", "split", "user_id", "fit", "as_of", "history_ids", "history_days", "candidate_ids", "grades", "weights", "night")
 FEATURES = tuple(name for name in schemas.get("candidate_features").names() if name not in LABELLING)
 
 

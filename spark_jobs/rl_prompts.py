@@ -61,13 +61,15 @@ def drawn(cfg: Config, requests: Requests) -> Iterator[tuple[dict[str, Any], Vie
         row = requests.rows_of(place)
         history, candidates = requests.history(row), requests.candidates(place, row)
         grade_of = dict(zip(row["candidate_ids"], row["grades"], strict=True))
+        weight_of = dict(zip(row["candidate_ids"], row["weights"] or [], strict=False))
         training = row["split"] == "rerank"
         for replica in range(cfg.rl.replicas if training else 1):
             moved = (
                 training and row["target_id"] in grade_of and share_of("move", cfg.seed, row["request_id"], replica) < cfg.rl.redraw_share
             )
             listed = redrawn(candidates, row["target_id"], row["request_id"], replica) if moved else candidates
-            yield {**row, "replica": replica, "grade_of": grade_of}, make_view(row["request_id"], history, listed, replica), moved
+            told = {**row, "replica": replica, "grade_of": grade_of, "weight_of": weight_of}
+            yield told, make_view(row["request_id"], history, listed, replica), moved
 
 
 def share_of(*parts: Any) -> float:
@@ -87,6 +89,7 @@ def _row(cfg: Config, row: dict[str, Any], view: View, moved: bool, text: str, t
         "incoming": list(view.labels),
         "shown": list(view.shown_labels),
         "grades": [row["grade_of"][candidate.item_id] for candidate in view.candidates],
+        "weights": [row["weight_of"][c.item_id] for c in view.candidates] if row["weight_of"] else None,
         "evidence": evidence_words(view, template),
         "prompt_hash": prompt_hash(template, text),
         "ordinal": seed_of("order", cfg.seed, prompt_id),

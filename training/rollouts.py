@@ -21,6 +21,7 @@ import torch
 
 import schemas
 from gr2.answers import parse
+from gr2.clicks import weighted_grade
 from gr2.config import Config, Prompt
 from gr2.context import Context
 from gr2.errors import EngineError, InputError
@@ -32,7 +33,7 @@ from training.losses import group_advantages
 
 # Beside the columns of the table `rollouts`: what a resumed step needs to train on the very same tokens.
 TOKENS = (pa.field("token_ids", list_of(INT)), pa.field("logprobs", list_of(FLOAT)), pa.field("prompt_token_ids", list_of(INT)))
-COLUMNS = ("prompt_id", "prompt", "mode", "incoming", "shown", "grades", "evidence")
+COLUMNS = ("prompt_id", "prompt", "mode", "incoming", "shown", "grades", "weights", "evidence")
 
 
 class Sampling(Protocol):
@@ -52,7 +53,7 @@ class Task:
     mode: Any
     incoming: tuple[str, ...]
     shown: tuple[str, ...]
-    grades: tuple[int, ...]
+    grades: tuple[float, ...]
     evidence: tuple[str, ...]
 
 
@@ -88,7 +89,13 @@ def read_tasks(ctx: Context, split: str) -> list[Task]:
         raise InputError(
             f"rl_prompts holds no prompt of split {split!r}: no list of that split has its target; raise candidates.n or the data"
         )
-    return [Task(**_tuples(row)) for row in table.to_pylist()]
+    return [Task(**_tuples(_weighted(row))) for row in table.to_pylist()]
+
+
+def _weighted(row: dict[str, Any]) -> dict[str, Any]:
+    """A prompt's grades as rewards see them: each with the weight that a debiased log gave it."""
+    weights = row.pop("weights") or [1.0] * len(row["grades"])
+    return row | {"grades": [weighted_grade(grade, weight) for grade, weight in zip(row["grades"], weights, strict=True)]}
 
 
 class Deck:

@@ -10,11 +10,13 @@ import torch
 from rerank_world import pair_rows, put, stats_rows, vector_rows
 from sequence_world import ITEMS, START, catalogue, codes_of, interaction_rows, model_named, walks
 
+from gr2.clicks import examination, inverse_weights
 from gr2.context import Context
 from gr2.errors import ConfigError, InputError
 from scoring.model import load, sid_ids
 from spark_jobs import candidates
-from spark_jobs.candidates import logged, requests, sampled
+from spark_jobs.candidates import requests, sampled
+from spark_jobs.logged_lists import logged
 from spark_jobs.session import read
 
 pytestmark = pytest.mark.spark
@@ -199,5 +201,15 @@ def test_lists_of_a_log_keep_its_order_and_grades(make_ctx: Callable[..., Contex
         )
     possible = {(u, r["split"]) for r in found.values() for u in [r["user_id"]]}
     assert max(sum((r["user_id"], r["split"]) == p for r in found.values()) for p in possible) <= 2
+    assert all(row["weights"] is None for row in found.values())
+    weighed = make_ctx([*TIME, "candidates.source=log", "candidates.debias=position", "candidates.max_weight=1.5"]).cfg
+    debiased = logged(weighed, read(ctx, "interactions"), read(ctx, "impressions")).toArrow().to_pylist()
+    seen = [s for q, s in slates.items() if users[q][1] <= until["rerank"]]  # later slates teach nothing
+    shown_K1, clicked_K1 = np.full((6, 1), len(seen)), np.array([[sum(s[k][1] > 0 for s in seen)] for k in range(6)])
+    by_slot = inverse_weights(examination(shown_K1, clicked_K1), 1.5)[:5]
+    assert len(set(by_slot)) > 2
+    for row in debiased:
+        np.testing.assert_allclose(row.pop("weights"), by_slot, rtol=1e-6)
+        assert row == {k: v for k, v in found[row["request_id"]].items() if k != "weights"}, "all else is the log's"
     with pytest.raises(ConfigError, match="protocol=time"):
         logged(make_ctx([*SMALL, "data.protocol=leave_one_out"]).cfg, read(ctx, "interactions"), read(ctx, "impressions"))

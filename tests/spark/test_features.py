@@ -49,6 +49,7 @@ def expected(request: dict, place: int, tables: dict[str, dict]) -> dict[str, An
         "price_ratio": item["price"] / np.mean(prices) if prices and item["price"] is not None else 1.0,
         "days_since_seen": (request["as_of"] - stats["last_date"]).days if stats else -1.0,
         "grade": request["grades"][place],
+        "weight": request["weights"][place] if request.get("weights") else None,
     }
 
 
@@ -57,6 +58,7 @@ def test_features_equal_their_definitions_and_a_rerun_equals_them_bit_by_bit(ctx
     evidence(ctx, rng, N)
     requests = [row for split, n in (("rerank", 12), ("test", 12)) for row in candidate_rows(rng, N, split, n)]
     requests[0]["history_ids"], requests[0]["history_days"] = [], []
+    requests[1]["weights"] = [1.0 + 0.5 * place for place in range(10)]  # of a debiased log
     long = [f"i{i % N}" for i in range(LOOKBACK + 7)]
     requests[1]["history_ids"], requests[1]["history_days"] = long, [1] * len(long)
     put(ctx, "candidates", requests)

@@ -49,6 +49,18 @@ def program() -> Program:
     return fit(*lists(600))
 
 
+def test_weights_count_like_repeated_lists() -> None:
+    raw, there, grades, folds = lists(80, seed=3)
+    weights_RN = np.where(np.arange(80)[:, None] < 20, 3.0, 1.0) * np.ones((1, 10))
+    again = np.concatenate([np.arange(80), np.repeat(np.arange(20), 2)])
+    weighed = fit(raw, there, grades, folds, weights_RN=weights_RN)
+    repeated = fit(raw[again], there[again], grades[again], folds[again])
+    rescaled_KF = [p.weights_KF / p.scale_F for p in (weighed, repeated)]
+    assert np.corrcoef(rescaled_KF[0].ravel(), rescaled_KF[1].ravel())[0, 1] > 0.99
+    plain = fit(raw, there, grades, folds)
+    assert np.abs(weighed.weights_KF - plain.weights_KF).max() > 1e-3
+
+
 def first_share(engine: EvidenceEngine, raw: np.ndarray, grades: np.ndarray, **how: float) -> float:
     """Share of lists whose target the engine puts first."""
     hits = []
