@@ -120,9 +120,8 @@ def main() -> None:
     made |= {name: scores(train, test, weights_RN) for name, weights_RN in ways.items()}
     made["the truth"] = test.truth_RN
     print(f"\n{len(train.users):,} clicked slates to learn from, {len(test.users):,} to judge, {given.users:,} users, {given.days} days\n")
-    print(
-        "| learned from | Spearman | over clicks as they are | NDCG of the truth | over clicks as they are |\n| --- | --- | --- | --- | --- |"
-    )
+    print("| learned from | Spearman | over clicks as they are | NDCG of the truth | over clicks as they are |")
+    print("| --- | --- | --- | --- | --- |")
     plain = made["clicks as they are"]
     for name, scores_RN in made.items():
         rank_R, gain_R = spearman(scores_RN, test.truth_RN), ndcg(scores_RN, test.truth_RN)
