@@ -225,6 +225,7 @@ class Prompt(Section):
     template: Name = "rerank_v3"  # a file in conf/prompts
     history_items: Positive = 6
     evidence: bool = True
+    shuffled: bool = True  # slots of the candidates; false shows them in the incoming order, to see what a policy makes of that
     max_prompt_tokens: Positive = 350
     max_thought_tokens: Positive = 48
     max_answer_tokens: Positive = 40

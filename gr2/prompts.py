@@ -108,8 +108,12 @@ class View:
         return self.candidates[self.labels.index(label)].item_id
 
 
-def make_view(request_id: str, history: Sequence[HistoryItem], candidates: Sequence[Candidate], replica: int) -> View:
+def make_view(
+    request_id: str, history: Sequence[HistoryItem], candidates: Sequence[Candidate], replica: int, shuffled: bool = True
+) -> View:
     """Gives out labels and slots by two independent shuffles, seeded by request and replica (DESIGN contract 11).
+
+    Not `shuffled`: slots are the incoming order, which a policy can then repeat without reading; only to show that it does.
 
     Raises ValueError for no candidate, more than there are labels, or a repeated one.
     """
@@ -118,7 +122,8 @@ def make_view(request_id: str, history: Sequence[HistoryItem], candidates: Seque
         raise ValueError(f"request {request_id!r}: {count} candidates; 1 to {len(LABELS)} distinct ones can be labelled")
     labels, shown = list(LABELS[:count]), list(range(count))
     _generator("labels", request_id, replica).shuffle(labels)
-    _generator("slots", request_id, replica).shuffle(shown)
+    if shuffled:
+        _generator("slots", request_id, replica).shuffle(shown)
     return View(request_id, tuple(history), tuple(candidates), tuple(labels), tuple(shown))
 
 

@@ -32,7 +32,7 @@ TABLE = Table(
         Column("price_ratio", DOUBLE, "price over the mean price of the history; 1 where unknown"),
         Column("days_since_seen", DOUBLE, "days from the item's last fitted interaction to the request; -1 where none"),
         Column("grade", INT, "relevance, as in candidates: a label, never a feature"),
-        Column("weight", DOUBLE, "what the grade counts, as in candidates: no feature either", nullable=True),
+        Column("grade_weight", DOUBLE, "what the grade counts, as in candidates: no feature either", nullable=True),
         Column("night", STRING, "partition: as in candidates"),
     ),
 )

@@ -19,7 +19,7 @@ from gr2.context import Context
 from spark_jobs.session import read
 
 LOOKBACK = 20  # history items, latest first, that evidence is looked up for
-REQUEST = ("request_id", "split", "night", "fit", "as_of", "item_id", "incoming_rank", "prior_score", "prior_gap", "grade", "weight")
+REQUEST = ("request_id", "split", "night", "fit", "as_of", "item_id", "incoming_rank", "prior_score", "prior_gap", "grade", "grade_weight")
 
 
 def with_features(ctx: Context, candidates: DataFrame, pairs: DataFrame | None = None, stats: DataFrame | None = None) -> DataFrame:
@@ -74,7 +74,7 @@ def cross(candidates: DataFrame) -> DataFrame:
         F.col("candidate.prior_scores").cast("double").alias("prior_score"),
         (F.col("first_score") - F.col("candidate.prior_scores")).alias("prior_gap"),
         F.col("candidate.grades").alias("grade"),
-        F.col("candidate.weights").cast("double").alias("weight"),
+        F.col("candidate.weights").cast("double").alias("grade_weight"),
         F.posexplode_outer("history").alias("step", "history_item"),
     ).withColumn("step", F.col("step") + 1)
 

@@ -24,7 +24,7 @@ from schemas.candidates import EXPERIMENT
 from scoring.engine import seed_of
 from scoring.model import encode_all, prompt_text
 
-LABELLING = ("request_id", "split", "night", "item_id", "grade", "weight")  # columns of candidate_features that are no evidence
+LABELLING = ("request_id", "split", "night", "item_id", "grade", "grade_weight")  # columns of candidate_features that are no evidence
 REQUEST = ("request_id", "split", "user_id", "fit", "as_of", "history_ids", "history_days", "candidate_ids", "grades", "weights", "night")
 FEATURES = tuple(name for name in schemas.get("candidate_features").names() if name not in LABELLING)
 
@@ -39,7 +39,7 @@ class Requests:
         if request_ids is not None:
             wanted = pa.array(sorted(request_ids), pa.string())
             requests, features = (t.filter(pc.is_in(t["request_id"].cast(pa.string()), value_set=wanted)) for t in (requests, features))
-        self.history_items = cfg.prompt.history_items
+        self.history_items, self.shuffled = cfg.prompt.history_items, cfg.prompt.shuffled
         self.rows = requests
         self.ids = requests["request_id"].to_pylist()
         self._item_ids = features["item_id"].to_pylist()
@@ -76,7 +76,7 @@ class Requests:
 
     def view(self, place: int, row: dict[str, Any], replica: int) -> View:
         """One request as one replica shows it."""
-        return make_view(row["request_id"], self.history(row), self.candidates(place, row), replica)
+        return make_view(row["request_id"], self.history(row), self.candidates(place, row), replica, self.shuffled)
 
     def views(self, replicas: Sequence[int] = (0,)) -> Iterator[tuple[dict[str, Any], View]]:
         """(row with `replica`, view) of every request and replica."""

@@ -110,7 +110,7 @@ def teacher(cfg: Config, ctx: Context) -> Spec:
 
 def _program(ctx: Context) -> tuple[Any, str]:
     """The evidence program, fitted on split rerank, and a hash of all that it was fitted on."""
-    names = ["request_id", "grade", "weight", *columns_of()]
+    names = ["request_id", "grade", "grade_weight", *columns_of()]
     table = ctx.lake.read("candidate_features", names, order_by=["request_id", "incoming_rank"], split="rerank")
     users = ctx.lake.read("candidates", ["request_id", "user_id"], order_by=["request_id"], split="rerank")
     if not table.num_rows:
@@ -123,7 +123,7 @@ def _program(ctx: Context) -> tuple[Any, str]:
     raw_RNC[row_M, slot_M], there_RN[row_M, slot_M] = raw_MC, True
     weights_RN = np.ones(shape)
     grades_RN[row_M, slot_M] = table["grade"].to_numpy()
-    weights_RN[row_M, slot_M] = np.nan_to_num(table["weight"].to_numpy(), nan=1.0)
+    weights_RN[row_M, slot_M] = np.nan_to_num(table["grade_weight"].to_numpy(), nan=1.0)
     user_of = dict(zip(users["request_id"].to_pylist(), users["user_id"].to_pylist(), strict=True))
     folds_R = np.array([fold_of(user_of[str(request)]) for request in owners])
     content = hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in (raw_MC, grades_RN, weights_RN, folds_R))).hexdigest()

@@ -69,7 +69,7 @@ def drawn(cfg: Config, requests: Requests) -> Iterator[tuple[dict[str, Any], Vie
             )
             listed = redrawn(candidates, row["target_id"], row["request_id"], replica) if moved else candidates
             told = {**row, "replica": replica, "grade_of": grade_of, "weight_of": weight_of}
-            yield told, make_view(row["request_id"], history, listed, replica), moved
+            yield told, make_view(row["request_id"], history, listed, replica, cfg.prompt.shuffled), moved
 
 
 def share_of(*parts: Any) -> float:

@@ -49,7 +49,7 @@ def expected(request: dict, place: int, tables: dict[str, dict]) -> dict[str, An
         "price_ratio": item["price"] / np.mean(prices) if prices and item["price"] is not None else 1.0,
         "days_since_seen": (request["as_of"] - stats["last_date"]).days if stats else -1.0,
         "grade": request["grades"][place],
-        "weight": request["weights"][place] if request.get("weights") else None,
+        "grade_weight": request["weights"][place] if request.get("weights") else None,
     }
 
 

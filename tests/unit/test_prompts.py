@@ -67,6 +67,12 @@ def test_seeds_are_request_and_replica() -> None:
     assert view_of(request="r2").labels != first.labels
 
 
+def test_unshuffled_slots_are_the_incoming_order_and_labels_are_drawn_all_the_same() -> None:
+    plain = make_view("r1", [], [candidate(n) for n in range(10)], 0, shuffled=False)
+    assert plain.shown == tuple(range(10))
+    assert plain.labels == make_view("r1", [], [candidate(n) for n in range(10)], 0).labels
+
+
 def test_label_says_nothing_of_the_slot_nor_of_the_rank() -> None:
     seen: Counter[tuple[str, int]] = Counter()
     ranks: Counter[tuple[str, int]] = Counter()
