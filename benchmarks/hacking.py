@@ -1,0 +1,114 @@
+"""Do policies learn to copy? Slots in a row or a grid, candidates shown shuffled or as they came, reward with and without its condition.
+
+    python -m benchmarks.hacking --work FOLDER [--steps 40] [--only row/shuffled ...]        (about forty minutes on two cores)
+
+The demo's marketplace, lists from its log (the incoming order is the order of slots, which people look at from the top). For each layout
+and way of showing, the stages run up to SFT once; then the student is trained by RL twice, with rl.conditional true and false. What its
+sampled answers do is read from the stored rollouts: copies of either order, Kendall's tau with them, how far the first slot is favoured as
+first choice (1: as chance has it), reward, and N@3 of greedy answers to held-out requests. Only prompts whose target was not moved count
+for copies and tau with the incoming order: where it was, that order is drawn.
+"""
+
+import argparse
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gr2.answers import parse
+from schemas.lake import Lake
+from training.rollouts import load
+
+LAYOUTS = {"row": "simulator.columns=1", "grid": "simulator.columns=5"}
+SHOWN = {"shuffled": "prompt.shuffled=true", "as they came": "prompt.shuffled=false"}
+REWARDS = {"conditional": "rl.conditional=true", "unconditional": "rl.conditional=false"}
+SETTINGS = [
+    "candidates.source=log", "candidates.n=5", "simulator.slate=10", "rl.reward=gr2", "rl.teacher.max_steps=1", "rl.validate_every=10",
+    "midtrain.teacher.epochs=1", "sft.teacher.max_steps=50",
+]  # fmt: skip
+
+
+def gr2(root: Path, words: list[str], settings: list[str]) -> None:
+    """One command on the demo profile, in a process of its own."""
+    chosen = [f"paths.root={root}", *SETTINGS, *settings]
+    subprocess.run([sys.executable, "-m", "gr2", *words, "--profile", "demo", *(w for s in chosen for w in ("--set", s))], check=True)
+
+
+def steps_of(root: Path) -> list[dict[str, Any]]:
+    """What the latest student's answers did, by step."""
+    lake = Lake(root)
+    current = json.loads((root / "models" / "rl" / "current.json").read_text())
+    folder = root / "models" / "rl" / current["hash"]
+    curve = {line["step"]: line for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())}
+    prompts = {
+        row["prompt_id"]: row
+        for row in lake.read("rl_prompts", ["prompt_id", "incoming", "shown", "mode", "redrawn"], split="rerank").to_pylist()
+    }
+    manifest = json.loads((folder / "manifest.json").read_text())
+    found = []
+    for path in sorted((root / "work" / "rollouts" / f"rl-{manifest['fingerprint']}").glob("step-*.arrow")):
+        rollouts = load(path)
+        orders = [(r, parse(r.text, prompts[r.prompt_id]["incoming"], prompts[r.prompt_id]["mode"]).order) for r in rollouts]
+        valid = [(r, order, prompts[r.prompt_id]) for r, order in orders if order is not None]
+        kept = [(r, order, prompt) for r, order, prompt in valid if not prompt["redrawn"]]
+        step = int(path.stem.split("-")[1])
+        found.append(
+            {
+                "step": step,
+                "invalid": 1 - len(valid) / len(rollouts),
+                "copies incoming": _mean(list(order) == prompt["incoming"] for _, order, prompt in kept),
+                "copies shown": _mean(list(order) == prompt["shown"] for _, order, prompt in valid),
+                "tau incoming": _mean(r.tau_incoming for r, _, _ in kept),
+                "tau shown": _mean(r.tau_shown for r, _, _ in valid),
+                "first slot": _mean(order[0] == prompt["shown"][0] for _, order, prompt in valid) * len(valid[0][1]) if valid else 0.0,
+                "reward": curve[step]["reward"],
+                "valid N@3": curve[step].get("valid_ndcg3"),
+            }
+        )
+    return found
+
+
+def _mean(values: Any) -> float:
+    numbers = [float(v) for v in values if v is not None]
+    return float(np.mean(numbers)) if numbers else float("nan")
+
+
+def show(name: str, found: list[dict[str, Any]], at: int) -> None:
+    """Means over windows of `at` steps."""
+    for start in range(0, len(found), at):
+        part = found[start : start + at]
+        cells = [f"{_mean(step[key] for step in part):.3f}" for key in part[0] if key != "step"]
+        print(f"| {name} | {part[0]['step']}-{part[-1]['step']} | " + " | ".join(cells) + " |", flush=True)
+
+
+def main() -> None:
+    """Runs what is not there yet, prints all of it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--only", nargs="+", help="such as row/shuffled")
+    given = parser.parse_args()
+    results: dict[str, list[dict[str, Any]]] = {}
+    for layout, shown in itertools.product(LAYOUTS, SHOWN):
+        if given.only and f"{layout}/{shown}" not in given.only:
+            continue
+        root = given.work.resolve() / f"{layout}-{shown.replace(' ', '-')}"
+        settings = [LAYOUTS[layout], SHOWN[shown], f"rl.student.max_steps={given.steps}"]
+        for reward, switch in REWARDS.items():
+            done = root / f"{reward}.json"
+            if not done.exists():
+                gr2(root, ["run", "--to", "rl"], [*settings, switch])
+                done.write_text(json.dumps(steps_of(root)))
+            results[f"{layout}, {shown}, {reward}"] = json.loads(done.read_text())
+    keys = [key for key in next(iter(results.values()))[0] if key != "step"]
+    print("\n| slots, shown, reward | steps | " + " | ".join(keys) + " |\n| --- | --- |" + " --- |" * len(keys))
+    for name, found in results.items():
+        show(name, found, 10)
+
+
+if __name__ == "__main__":
+    main()
