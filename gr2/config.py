@@ -262,6 +262,7 @@ class SFT(Section):
     answer_weight: float = Field(1.0, gt=0)
     modes: dict[Literal["think", "direct"], Share] = {"think": 0.6, "direct": 0.4}  # share of traces taught so; 1 and 1: each in both
     traces: Literal["rejection", "targeted", "both"] = "rejection"
+    no_target: bool = False  # also what the teacher wrote of lists without their target: nothing proves it, but small models need texts
     dropout: Share = 0.0  # that of mid-training keeps a small model from copying exactly
     drills: int = Field(0, ge=0)  # made-up lists beside the traces (gr2.drills), for models without a base
 

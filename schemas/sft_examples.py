@@ -12,7 +12,12 @@ TABLE = Table(
         Column("sample_id", STRING, "accepted sample; of a drill: its own name"),
         Column("request_id", STRING, "request; of a drill: its own name, there is no request"),
         Column("mode", STRING, "think: with the thought; direct: with an empty one", values=("think", "direct")),
-        Column("source", STRING, "sampling mode of the trace, or a made-up list", values=("targeted", "rejection", "drill")),
+        Column(
+            "source",
+            STRING,
+            "sampling mode of the trace; a list without its target, so unproven; a made-up list",
+            values=("targeted", "rejection", "no_target", "drill"),
+        ),
         Column("prompt", STRING, "rendered prompt", long=True),
         Column("reasoning", STRING, "thought, with its tags; weighs sft.reasoning_weight", long=True),
         Column("answer", STRING, "JSON list of labels; weighs sft.answer_weight"),

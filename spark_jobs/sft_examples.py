@@ -6,8 +6,9 @@ Writes   `sft_examples`: one training text; key example_id = hash of sample and 
 Rerun    every choice is a hash of the sample's id, so equal traces give equal examples.
 
 An accepted trace becomes a `think` example, a `direct` one (same order, empty thought), or both: `sft.modes` are shares of the traces. A
-trace whose request shows another list today, or whose thought exceeds the student's budget, is left out and counted. `sft.drills` made-up
-lists (`gr2.drills`) teach models from scratch to read; they name no request.
+trace whose request shows another list today, or whose thought exceeds the student's budget, is left out and counted. With `sft.no_target`
+what the teacher wrote of lists without their target is taught too, marked as such: it is true of its evidence, but nothing proves its
+choice. `sft.drills` made-up lists (`gr2.drills`) teach models from scratch to read; they name no request.
 
     gr2 stage sft_examples --profile demo
 """
@@ -34,14 +35,15 @@ from spark_jobs.reasoning_traces import hash_of, most_relevant, teacher
 from spark_jobs.session import frame_of
 
 CHUNK = 512
-COLUMNS = ["sample_id", "request_id", "mode", "attempt", "prompt_hash", "text"]
+COLUMNS = ["sample_id", "request_id", "mode", "attempt", "prompt_hash", "text", "verdict"]
 
 
 def run(cfg: Config, ctx: Context) -> Result:
     """Renders the accepted traces and publishes. Raises AuditError where there is none, MissingInputError."""
     wanted = ["rejection", "targeted"] if cfg.sft.traces == "both" else [cfg.sft.traces]
     name = teacher(cfg, ctx).name
-    traces = ctx.lake.read("reasoning_traces", COLUMNS, order_by=["request_id", "sample_id"], teacher=name, verdict="accepted", mode=wanted)
+    verdicts = ["accepted", *(["no_target"] if cfg.sft.no_target else [])]
+    traces = ctx.lake.read("reasoning_traces", COLUMNS, order_by=["request_id", "sample_id"], teacher=name, verdict=verdicts, mode=wanted)
     left_out: Counter[str] = Counter()
     tokenizer = load_tokenizer(ctx.model("midtrain", "midtrain").path)
     rows = list(examples(ctx, cfg, tokenizer, traces.to_pylist(), left_out))
@@ -54,7 +56,8 @@ def run(cfg: Config, ctx: Context) -> Result:
     table = pa.Table.from_pylist(rows, schema=schemas.get("sft_examples").arrow())
     count = publish(ctx, "sft_examples", frame_of(ctx, table))
     taught_as = Counter("drill" if r["source"] == "drill" else r["mode"] for r in rows)
-    detail = {**{f"left_out_{k}": v for k, v in left_out.items()}, **taught_as}
+    unproven = sum(r["source"] == "no_target" for r in rows)
+    detail = {**{f"left_out_{k}": v for k, v in left_out.items()}, **taught_as, **({"unproven": unproven} if unproven else {})}
     ctx.log(f"sft_examples: {count} from {traces.num_rows} accepted traces of {name}: {detail}")
     return Result(rows_in=traces.num_rows, rows_out=count, detail=detail)
 
@@ -76,7 +79,8 @@ def examples(ctx: Context, cfg: Config, tokenizer: Any, traces: list[dict[str, A
                 picked.append(entry)
             texts = render_texts(tokenizer, [view for _, view, _, _ in picked], cfg, mode, filled=False)
             for (trace, _, thought, order), prompt in zip(picked, texts, strict=True):
-                source = {"sample_id": trace["sample_id"], "request_id": trace["request_id"], "source": trace["mode"]}
+                proven = trace["mode"] if trace["verdict"] == "accepted" else "no_target"
+                source = {"sample_id": trace["sample_id"], "request_id": trace["request_id"], "source": proven}
                 yield {**source, **_example(cfg, trace["sample_id"], mode, prompt, thought, order)}
 
 

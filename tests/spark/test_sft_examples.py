@@ -61,6 +61,13 @@ def test_examples_teach_accepted_orders_with_the_prompt_the_student_sees(traced,
     assert 0 < many["drill"] <= 20, "those whose thought is too long are left out"
     assert {r["source"] for r in ctx.lake.read("sft_examples").to_pylist()} == {"rejection", "targeted", "drill"}
 
+    unproven = make_ctx([*SHARES, "sft.no_target=true", "traces.max_requests=40", "traces.no_target_requests=3"]).cfg
+    sft_examples.run(unproven, ctx)
+    taught_by = {r["sample_id"]: r["source"] for r in ctx.lake.read("sft_examples").to_pylist()}
+    without = {i for i, t in traces.items() if t["verdict"] == "no_target" and t["mode"] == "rejection"}
+    assert without
+    assert taught_by == dict.fromkeys(wanted, "rejection") | dict.fromkeys(without, "no_target")
+
     short = make_ctx(["prompt.max_thought_tokens=5", "sft.modes.direct=0"]).cfg
     with pytest.raises(AuditError, match="no usable trace"):  # the prompt settings are part of the teacher's name
         sft_examples.run(short, ctx)
