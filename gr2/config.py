@@ -262,6 +262,7 @@ class SFT(Section):
     answer_weight: float = Field(1.0, gt=0)
     modes: dict[Literal["think", "direct"], Share] = {"think": 0.6, "direct": 0.4}  # share of traces taught so; 1 and 1: each in both
     traces: Literal["rejection", "targeted", "both"] = "rejection"
+    max_traces: int = Field(0, ge=0)  # seeded sample of the usable ones; 0: all
     no_target: bool = False  # also what the teacher wrote of lists without their target: nothing proves it, but small models need texts
     dropout: Share = 0.0  # that of mid-training keeps a small model from copying exactly
     drills: int = Field(0, ge=0)  # made-up lists beside the traces (gr2.drills), for models without a base
@@ -272,6 +273,7 @@ class RL(Section):
 
     student: Training = Training(lr=1e-4, warmup=0.1, max_steps=20)
     teacher: Training = Training(lr=1e-4, warmup=0.1, max_steps=12)
+    start: Literal["sft", "midtrain"] = "sft"  # midtrain: RL without SFT, to see what SFT is for
     prompts_per_step: Positive = 16
     group: Positive = 8
     temperature: float = Field(1.0, gt=0)

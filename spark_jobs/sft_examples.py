@@ -29,7 +29,7 @@ from gr2.errors import AuditError
 from gr2.prompts import EMPTY_THOUGHT, View, format_answer, format_thought, render
 from scoring.engine import seed_of
 from scoring.model import encode_all, load_tokenizer
-from spark_jobs.prompting import Requests, catalogue, render_texts, template_of
+from spark_jobs.prompting import Requests, catalogue, render_texts, sample, template_of
 from spark_jobs.publish import publish
 from spark_jobs.reasoning_traces import hash_of, most_relevant, teacher
 from spark_jobs.session import frame_of
@@ -44,6 +44,7 @@ def run(cfg: Config, ctx: Context) -> Result:
     name = teacher(cfg, ctx).name
     verdicts = ["accepted", *(["no_target"] if cfg.sft.no_target else [])]
     traces = ctx.lake.read("reasoning_traces", COLUMNS, order_by=["request_id", "sample_id"], teacher=name, verdict=verdicts, mode=wanted)
+    traces = taken(traces, cfg.sft.max_traces, cfg.seed)
     left_out: Counter[str] = Counter()
     tokenizer = load_tokenizer(ctx.model("midtrain", "midtrain").path)
     rows = list(examples(ctx, cfg, tokenizer, traces.to_pylist(), left_out))
@@ -60,6 +61,12 @@ def run(cfg: Config, ctx: Context) -> Result:
     detail = {**{f"left_out_{k}": v for k, v in left_out.items()}, **taught_as, **({"unproven": unproven} if unproven else {})}
     ctx.log(f"sft_examples: {count} from {traces.num_rows} accepted traces of {name}: {detail}")
     return Result(rows_in=traces.num_rows, rows_out=count, detail=detail)
+
+
+def taken(traces: pa.Table, most: int, seed: int) -> pa.Table:
+    """A seeded sample of traces, in their order; all where `most` is 0."""
+    chosen = set(sample(traces["sample_id"].to_pylist(), most, seed, "traces taught"))
+    return traces.filter(pa.array([i in chosen for i in traces["sample_id"].to_pylist()], pa.bool_()))
 
 
 def examples(ctx: Context, cfg: Config, tokenizer: Any, traces: list[dict[str, Any]], left_out: Counter[str]) -> Iterator[dict[str, Any]]:

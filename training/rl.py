@@ -1,8 +1,8 @@
 """Stage `rl`: DAPO with verifiable rewards (METHOD 8; DAPO, arXiv 2503.14476), the teacher's size first, then the student's.
 
-Reads `rl_prompts` and the models `sft-teacher`, `sft`. Writes the models `rl-teacher` and `rl`, and each step's rollouts as
-`work/rollouts/<run>/step-*.arrow`, which the stage `rollouts` publishes; `run` is the model's name and its fingerprint, a hash of inputs,
-settings and code.
+Reads `rl_prompts` and the models `sft-teacher`, `sft` (with rl.start = midtrain those before SFT). Writes the models `rl-teacher` and `rl`,
+and each step's rollouts as `work/rollouts/<run>/step-*.arrow`, which the stage `rollouts` publishes; `run` is the model's name and its
+fingerprint, a hash of inputs, settings and code.
 
 A step: groups are sampled by an engine that holds the current weights, judged, stored, then trained on token in, token out. The checkpoint
 that ranks held-out `valid` prompts best is exported; the model it started from is one of the candidates, so RL never exports worse than SFT
@@ -44,9 +44,10 @@ PATIENCE = 3  # steps in a row without anything to learn from, after which a tra
 def run(cfg: Config, ctx: Context) -> Result:
     """Trains both sizes. Raises MissingInputError, InputError (no prompts), EngineError."""
     result = Result(rows_in=ctx.lake.read("rl_prompts", ["prompt_id"]).num_rows)
-    plans = (("rl-teacher", "sft-teacher", cfg.rl.teacher), ("rl", "sft", cfg.rl.student))
-    for name, start, settings in plans:
-        add(result, optimise(cfg, ctx, Plan(name, ctx.model(start, "sft"), settings)))
+    start = cfg.rl.start
+    plans = (("rl-teacher", f"{start}-teacher", cfg.rl.teacher), ("rl", start, cfg.rl.student))
+    for name, base, settings in plans:
+        add(result, optimise(cfg, ctx, Plan(name, ctx.model(base, start), settings)))
     return result
 
 

@@ -61,6 +61,9 @@ def test_examples_teach_accepted_orders_with_the_prompt_the_student_sees(traced,
     assert 0 < many["drill"] <= 20, "those whose thought is too long are left out"
     assert {r["source"] for r in ctx.lake.read("sft_examples").to_pylist()} == {"rejection", "targeted", "drill"}
 
+    few = make_ctx([*SHARES, "sft.max_traces=7", "traces.max_requests=40", "traces.no_target_requests=3"]).cfg
+    assert sft_examples.run(few, ctx).rows_out == 7
+    assert {r["sample_id"] for r in ctx.lake.read("sft_examples").to_pylist()} < wanted
     unproven = make_ctx([*SHARES, "sft.no_target=true", "traces.max_requests=40", "traces.no_target_requests=3"]).cfg
     sft_examples.run(unproven, ctx)
     taught_by = {r["sample_id"]: r["source"] for r in ctx.lake.read("sft_examples").to_pylist()}
