@@ -3,8 +3,8 @@
     python -m benchmarks.method --root var/beauty --work FOLDER [--profile beauty] [--only "RL without SFT" ...]
 
 Each variant works on a copy of the root, runs from the first stage that its switch touches to the evaluation, and keeps the figures of the
-models that answer its question. What is finished is not run again; the table of all that is finished is printed each time: users whose target
-is in the list, and the difference to the run as it is (RL, thinks), paired over users, with its 95 % bootstrap interval.
+models that answer its question. What is finished is not run again; the table of all that is finished is printed each time: users whose
+target is in the list, and the difference to the run as it is (RL, thinks), paired over users, with its 95 % bootstrap interval.
 """
 
 import argparse
