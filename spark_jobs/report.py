@@ -216,17 +216,28 @@ class Facts:
         )
 
     def rollouts(self) -> list[str]:
-        """Copying and invalid answers over training."""
+        """What answers did over training: reward, copies of either order, likeness to them, the pull of the first slot, failures."""
         if not self.ctx.lake.exists("rollouts"):
             return []
         rows = self.rows(
-            "SELECT run, step, avg((status <> 'ok')::INT) AS invalid, avg((tau_incoming > 0.999)::INT) AS copies, avg(reward) AS reward "
-            "FROM rollouts GROUP BY ALL ORDER BY step"
+            """
+            WITH said AS (
+                SELECT r.*, p.shown, list_position(p.shown, regexp_extract(r.text, '\\["([A-T])"[^\\]]*\\]\\s*$', 1)) AS slot
+                FROM rollouts r LEFT JOIN rl_prompts p USING (prompt_id))
+            SELECT run, step, avg((status <> 'ok')::INT) AS invalid, avg((tau_incoming > 0.999)::INT) AS copies, avg(reward) AS reward,
+                avg((tau_shown > 0.999)::INT) AS shown, avg(tau_incoming) AS tau, avg(tau_shown) AS tau_shown,
+                avg((slot = 1)::INT * len(shown)) FILTER (status = 'ok') AS lift
+            FROM said GROUP BY ALL ORDER BY step
+            """
         )
         plots = []
         for key, title in (
             ("reward", "Mean reward of rollouts"),
             ("copies", "Share that copies the incoming order"),
+            ("shown", "Share that copies the order shown"),
+            ("tau", "Kendall's tau with the incoming order"),
+            ("tau_shown", "Kendall's tau with the order shown"),
+            ("lift", "First choices from the first slot, over chance"),
             ("invalid", "Share of invalid answers"),
         ):
             series: dict[str, tuple[list[float], list[float]]] = {}
@@ -235,7 +246,7 @@ class Facts:
                 xs.append(row["step"])
                 ys.append(row[key] if row[key] is not None else 0.0)
             if series:
-                plots.append(charts.lines(title, series, "step", key, smooth=False))
+                plots.append(charts.lines(title, series, "step", title.lower().split(",")[0], smooth=False))
         return plots
 
     def costs(self) -> dict[str, Any]:
