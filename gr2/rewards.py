@@ -87,7 +87,7 @@ def rank_reward(kind: Kind, before: Sequence[float], after: Sequence[float]) -> 
     if kind == "normalised" and is_ideal(kind, before):
         return 0.0 if is_ideal(kind, after) else ndcg(after) - 1.0
     if kind == "normalised":
-        return max(-1.0, min(1.0, (ndcg(after) - ndcg(before)) / (1.0 - ndcg(before))))
+        return max(-1.0, (ndcg(after) - ndcg(before)) / (1.0 - ndcg(before)))  # at most 1 by itself: NDCG is
     score: Callable[[Sequence[float]], float] = auc if kind == "auc" else ndcg
     return score(after) - score(before)
 
@@ -167,4 +167,4 @@ def overlong(tokens: int, limit: int, margin: int) -> float:
     """DAPO's soft punishment of length: 0 up to limit - margin, then falling in a line to -1 at the limit, -1 beyond."""
     if tokens <= limit - margin:
         return 0.0
-    return -1.0 if tokens > limit or margin <= 0 else (limit - margin - tokens) / margin
+    return -1.0 if tokens > limit else (limit - margin - tokens) / margin

@@ -202,6 +202,24 @@ def test_swapping_equals_is_no_improvement(case: Case) -> None:
     assert case.earns(order=swapped).rank == 0.0
 
 
+def test_scores_themselves() -> None:
+    """Differences of scores would hide a constant that is wrong."""
+    assert rewards.mean_top_rank([0, 2, 1]) == 2
+    assert rewards.mean_top_rank([1, 0, 1]) == 2
+    assert rewards.ndcg([0, 1]) == pytest.approx(1 / math.log2(3))
+    assert rewards.ndcg([0, 0]) == 0.0
+    assert rewards.auc([2, 0, 1]) == pytest.approx((3 + 2) / (3 + 2 + 1))
+    assert rewards.auc([0, 1]) == 0.0
+    assert rewards.auc([1, 1]) == 0.0
+
+
+def test_an_empty_list_earns_nothing_and_unequal_lengths_are_a_bug_of_the_caller() -> None:
+    assert reward("ndcg", (), (), (), Parsed("ok", (), "thought @A"), {"A"}, WITHOUT).rank == 0.0
+    assert reward("gr2", (), (), (), Parsed("ok", (), ""), (), WITH).total == 0.0
+    with pytest.raises(ValueError, match="zip"):
+        reward("ndcg", ("A", "B"), ("A", "B"), (1,), Parsed("ok", ("A", "B"), ""), (), WITH)
+
+
 # -- thoughts ---------------------------------------------------------------------------------------------------------
 
 
