@@ -14,26 +14,18 @@ its 95 % bootstrap interval over slates.
 import argparse
 import gzip
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy.stats import rankdata
 
+from benchmarks.stages import gr2, told
 from gr2.clicks import inverse_weights
-from gr2.metrics import bootstrap_mean
 from schemas.lake import Lake
 from scoring.evidence_engine import columns_of, fit, fold_of
 
 CAP, SLATE = 10.0, 10
-
-
-def gr2(root: Path, words: list[str], settings: list[str]) -> None:
-    """One command on the demo profile, in a process of its own."""
-    chosen = [f"paths.root={root}", "candidates.source=log", f"candidates.n={SLATE}", *settings]
-    subprocess.run([sys.executable, "-m", "gr2", *words, "--profile", "demo", *(w for s in chosen for w in ("--set", s))], check=True)
 
 
 class Lists:
@@ -87,11 +79,6 @@ def ndcg(scores_RN: np.ndarray, truth_RN: np.ndarray) -> np.ndarray:
     return np.asarray(got / (-np.sort(-truth_RN, axis=1) @ discounts))
 
 
-def told(values: np.ndarray) -> str:
-    """Mean and interval."""
-    return "{:+.4f} [{:+.4f}, {:+.4f}]".format(*bootstrap_mean(values, 2000, 13))
-
-
 def main() -> None:
     """Simulates, builds, learns, prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -100,10 +87,13 @@ def main() -> None:
     parser.add_argument("--days", type=int, default=40)
     given = parser.parse_args()
     root = given.work.resolve() / "root"
-    settings = [f"simulator.users={given.users}", f"simulator.days={given.days}", "data.max_requests_per_user=50"]
+    settings = [
+        "candidates.source=log", f"candidates.n={SLATE}", f"simulator.users={given.users}", f"simulator.days={given.days}",
+        "data.max_requests_per_user=50",
+    ]  # fmt: skip
     if not (root / "runs" / "item_embeddings.json").exists():
-        gr2(root, ["run", "--to", "item_embeddings"], settings)
-    gr2(root, ["stage", "candidates"], [*settings, "candidates.debias=position", f"candidates.max_weight={CAP}"])
+        gr2("demo", root, ["run", "--to", "item_embeddings"], settings)
+    gr2("demo", root, ["stage", "candidates"], [*settings, "candidates.debias=position", f"candidates.max_weight={CAP}"])
     truth = truths(root / "truth")
     train, test = Lists(root, "rerank", truth), Lists(root, "test", truth)
     true_K = 0.75 ** np.arange(SLATE)
@@ -125,7 +115,7 @@ def main() -> None:
     plain = made["clicks as they are"]
     for name, scores_RN in made.items():
         rank_R, gain_R = spearman(scores_RN, test.truth_RN), ndcg(scores_RN, test.truth_RN)
-        over = (told(rank_R - spearman(plain, test.truth_RN)), told(gain_R - ndcg(plain, test.truth_RN)))
+        over = (told(rank_R - spearman(plain, test.truth_RN), signed=True), told(gain_R - ndcg(plain, test.truth_RN), signed=True))
         print(f"| {name} | {rank_R.mean():.4f} | {over[0]} | {gain_R.mean():.4f} | {over[1]} |")
 
 

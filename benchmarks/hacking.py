@@ -12,13 +12,12 @@ for copies and tau with the incoming order: where it was, that order is drawn.
 import argparse
 import itertools
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.stages import gr2
 from gr2.answers import parse
 from schemas.lake import Lake
 from training.rollouts import load
@@ -30,12 +29,6 @@ SETTINGS = [
     "candidates.source=log", "candidates.n=5", "simulator.slate=10", "rl.reward=gr2", "rl.teacher.max_steps=1", "rl.validate_every=10",
     "midtrain.teacher.epochs=1", "sft.teacher.max_steps=50",
 ]  # fmt: skip
-
-
-def gr2(root: Path, words: list[str], settings: list[str]) -> None:
-    """One command on the demo profile, in a process of its own."""
-    chosen = [f"paths.root={root}", *SETTINGS, *settings]
-    subprocess.run([sys.executable, "-m", "gr2", *words, "--profile", "demo", *(w for s in chosen for w in ("--set", s))], check=True)
 
 
 def steps_of(root: Path) -> list[dict[str, Any]]:
@@ -59,11 +52,11 @@ def steps_of(root: Path) -> list[dict[str, Any]]:
         found.append(
             {
                 "step": step,
-                "invalid": 1 - len(valid) / len(rollouts),
+                "invalid": curve[step]["invalid"],
                 "copies incoming": _mean(list(order) == prompt["incoming"] for _, order, prompt in kept),
-                "copies shown": _mean(list(order) == prompt["shown"] for _, order, prompt in valid),
+                "copies shown": curve[step]["copy_shown"],
                 "tau incoming": _mean(r.tau_incoming for r, _, _ in kept),
-                "tau shown": _mean(r.tau_shown for r, _, _ in valid),
+                "tau shown": curve[step]["tau_shown"],
                 "first slot": _mean(order[0] == prompt["shown"][0] for _, order, prompt in valid) * len(valid[0][1]) if valid else 0.0,
                 "reward": curve[step]["reward"],
                 "valid N@3": curve[step].get("valid_ndcg3"),
@@ -101,7 +94,7 @@ def main() -> None:
         for reward, switch in REWARDS.items():
             done = root / f"{reward}.json"
             if not done.exists():
-                gr2(root, ["run", "--to", "rl"], [*settings, switch])
+                gr2("demo", root, ["run", "--to", "rl"], [*SETTINGS, *settings, switch])
                 done.write_text(json.dumps(steps_of(root)))
             results[f"{layout}, {shown}, {reward}"] = json.loads(done.read_text())
     keys = [key for key in next(iter(results.values()))[0] if key != "step"]

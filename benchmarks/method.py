@@ -10,8 +10,6 @@ target is in the list, and the difference to the run as it is (RL, thinks), pair
 import argparse
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.ranking import SHOWN, Run
-from gr2.metrics import paired_bootstrap
+from benchmarks.stages import gr2, told
 
 REFERENCE = "as it is"
 
@@ -65,9 +63,8 @@ def run(root: Path, work: Path, profile: str, name: str, variant: Variant) -> di
         return dict(json.loads(done.read_text()))
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(root, folder, ignore=shutil.ignore_patterns("tmp", "staging", "lock", "logs", "reports"))
-    words = [sys.executable, "-m", "gr2", "run", "--profile", profile, "--from", variant.first, "--to", "evaluation"]
-    settings = [f"paths.root={folder}", SCORED, *variant.settings]
-    subprocess.run([*words, *(w for s in settings for w in ("--set", s))], check=True)
+    words = ["run", "--from", variant.first, "--to", "evaluation"]
+    gr2(profile, folder, words, [SCORED, *variant.settings])
     values = Run(profile, folder).values
     found = {"/".join((*system, metric)): values.get((*system, metric), {}) for system in variant.systems for metric in SHOWN}
     done.write_text(json.dumps(found))
@@ -84,7 +81,7 @@ def show(results: dict[str, dict[str, Any]]) -> None:
             own = found[f"{system}/ndcg@3"]
             shared = sorted(own.keys() & base.keys())
             means = [float(np.mean(list(found[f"{system}/{m}"].values()) or [0.0])) for m in SHOWN]
-            over = "{:+.4f} [{:+.4f}, {:+.4f}]".format(*paired_bootstrap([own[u] for u in shared], [base[u] for u in shared], 2000, 13))
+            over = told([own[u] - base[u] for u in shared], signed=True)
             print(f"| {name} | {system} | {len(own):,} | " + " | ".join(f"{v:.4f}" for v in means) + f" | {over} |", flush=True)
 
 

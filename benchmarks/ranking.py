@@ -15,13 +15,13 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.stages import told
 from gr2 import config, metrics
 from gr2.context import Context
 from spark_jobs.evaluation import FULL_METRICS, all_orders, current_scores, judged
 
 SHOWN = ("recall@1", "recall@3", "ndcg@3")
 SLICES = ("later_day", "same_day", "unknown_day", "all")
-DRAWS, SEED = 2000, 13
 Values = dict[str, float]  # user -> value
 
 
@@ -32,8 +32,7 @@ class Run:
         cfg = config.load(profile, [f"paths.root={root}"])
         ctx = Context(cfg)
         requests = judged(ctx)
-        users = {r["request_id"]: r["user_id"] for r in ctx.lake.read("candidates", ["request_id", "user_id"], split="test").to_pylist()}
-        self.users = [users[r["request_id"]] for r in requests.rows]
+        self.users = [r["user_id"] for r in requests.rows]
         self.slices = dict(zip(self.users, (r["slice"] for r in requests.rows), strict=True))
         self.full = dict(zip(self.users, (r["full_rank"] or 0 for r in requests.rows), strict=True))
         known = set(requests.place)
@@ -62,11 +61,9 @@ def averaged(parts: Sequence[Values]) -> Values:
     return {user: float(np.mean(values)) for user, values in found.items()}
 
 
-def told(values: Sequence[float], signed: bool = False) -> str:
-    """Mean with its interval."""
-    mean, low, high = metrics.bootstrap_mean(np.array(values), DRAWS, SEED)
-    form = "{:+.4f} [{:+.4f}, {:+.4f}]" if signed else "{:.4f} [{:.4f}, {:.4f}]"
-    return form.format(mean, low, high)
+def name_of(system: tuple[str, ...]) -> str:
+    """How tables call an order: the model, and the mode where it has several."""
+    return system[0] if system[1] == "order" else f"{system[0]} ({system[1]})"
 
 
 def inside(runs: Sequence[Run], slice_: str) -> set[str]:
@@ -120,8 +117,9 @@ def rerank(runs: Sequence[Run]) -> None:
                 for reference, m in (("prerank", "ndcg@3"), *(("lambdamart", m) for m in ("ndcg@3", "recall@1", "recall@3")))
             ]
             whole = sum(own["recall@1"].values()) / len(users)
-            name = system[0] if system[1] == "order" else f"{system[0]} ({system[1]})"
-            rows.append((means[2], f"| {name} | " + " | ".join(f"{v:.4f}" for v in [*means, whole]) + " | " + " | ".join(over) + " |"))
+            rows.append(
+                (means[2], f"| {name_of(system)} | " + " | ".join(f"{v:.4f}" for v in [*means, whole]) + " | " + " | ".join(over) + " |")
+            )
         print("\n".join(line for _, line in sorted(rows)))
 
 
@@ -132,8 +130,7 @@ def pooled(sets: Mapping[str, Sequence[Run]]) -> None:
     print("| order | users | R@1 | R@3 | N@3 |\n| --- | --- | --- | --- | --- |")
     for system in sorted(shared):
         each = {m: [d for runs in sets.values() for d in differences(runs, "later_day", system, "lambdamart", m)] for m in SHOWN}
-        name = system[0] if system[1] == "order" else f"{system[0]} ({system[1]})"
-        print(f"| {name} | {len(each['ndcg@3']):,} | " + " | ".join(told(each[m], True) for m in SHOWN) + " |")
+        print(f"| {name_of(system)} | {len(each['ndcg@3']):,} | " + " | ".join(told(each[m], True) for m in SHOWN) + " |")
 
 
 def main() -> None:

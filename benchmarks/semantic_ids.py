@@ -14,13 +14,13 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from benchmarks.stages import gr2
 
 VARIANTS: dict[str, list[str]] = {
     "rqvae": [],
@@ -43,11 +43,9 @@ RETRIEVER = [
 ]  # fmt: skip
 
 
-def gr2(root: Path, first: str | None, last: str, settings: list[str]) -> None:
-    """Stages `first` to `last` of the Beauty profile, in a process of their own."""
-    words = [sys.executable, "-m", "gr2", "run", "--profile", "beauty", "--to", last, "--set", f"paths.root={root}"]
-    words += ["--from", first] if first else []
-    subprocess.run([*words, *(w for s in settings for w in ("--set", s))], check=True)
+def build(root: Path, first: str | None, last: str, settings: list[str]) -> None:
+    """Stages `first` to `last` of the Beauty profile."""
+    gr2("beauty", root, ["run", *(["--from", first] if first else []), "--to", last], settings)
 
 
 def _json(file: Path) -> dict[str, list[str]]:
@@ -94,11 +92,11 @@ def run(work: Path, name: str, settings: list[str], letter: Path | None) -> dict
     shutil.rmtree(root, ignore_errors=True)
     shutil.copytree(work / "base", root, ignore=shutil.ignore_patterns("tmp"))
     began = time.monotonic()
-    gr2(root, "tokenizer", "semantic_ids", [*RETRIEVER, *settings])
+    build(root, "tokenizer", "semantic_ids", [*RETRIEVER, *settings])
     health = json.loads((root / "runs" / "semantic_ids.json").read_text())["detail"]
     if name == SHIPPED and letter:
         health = shipped(root, letter)
-    gr2(root, "midtrain_examples", "candidates", [*RETRIEVER, *settings])
+    build(root, "midtrain_examples", "candidates", [*RETRIEVER, *settings])
     found = {"name": name, "seconds": time.monotonic() - began, "health": health, **quality(root)}
     done.write_text(json.dumps(found))
     for folder in ("models", "work", "tables"):
@@ -131,7 +129,7 @@ def main() -> None:
         parser.error("GR2_DATA must name the folder of Amazon Beauty")
     work = given.work.resolve()
     if not (work / "base" / "runs" / "item_embeddings.json").exists():
-        gr2(work / "base", None, "item_embeddings", [])
+        build(work / "base", None, "item_embeddings", [])
     chosen = {**VARIANTS, **({SHIPPED: []} if given.letter else {})}
     rows = []
     for name in given.only or chosen:

@@ -2,7 +2,8 @@
 
 P(click) = P(the slot is looked at) * P(click | looked at) (Craswell et al., 2008; Chuklin et al., 2015, section 3.3). What was shown far up
 was also thought better by whoever filled the slots, so the second factor must not be taken as equal for all: slots are compared within
-groups of like propensity, which is all that the logging policy knew (regression EM, Wang et al., 2018, without the regression).
+groups of like propensity, which is all that the logging policy knew (Wang et al., 2018, use a regression). The two factors are fitted in
+turns until the clicks of each slot and of each group are those counted (quasi-likelihood of a log-linear model; it draws nothing).
 
 Shapes: K slots, G groups.
 """

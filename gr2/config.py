@@ -206,9 +206,7 @@ class Candidates(Section):
     n: Positive = 10
     beam: Positive = 20
     item_weight: float = Field(1.0, ge=0)  # of log p(item) beside log p(tokens) in the beams' order; wants midtrain.item_weight
-    pair_share: float = Field(
-        0.4, ge=0, lt=1
-    )  # of counts of what followed what, mixed with the network's probability; 0: the network alone
+    pair_share: float = Field(0.4, ge=0, lt=1)  # of counts of what followed what in the mixture with the network; 0: the network alone
     pair_back: float = Field(0.3, ge=0)  # what a pair counts the other way round
     pair_decay: Share = 0.5  # of an item's vote with each step back in the history
     debias: Literal["none", "position"] = "none"  # of logged lists: clicks over the probability that their slot was looked at
@@ -262,7 +260,7 @@ class SFT(Section):
     answer_weight: float = Field(1.0, gt=0)
     modes: dict[Literal["think", "direct"], Share] = {"think": 0.6, "direct": 0.4}  # share of traces taught so; 1 and 1: each in both
     traces: Literal["rejection", "targeted", "both"] = "rejection"
-    max_traces: int = Field(0, ge=0)  # seeded sample of the usable ones; 0: all
+    max_traces: int = Field(0, ge=0)  # seeded sample of what is taught; 0: all
     no_target: bool = False  # also what the teacher wrote of lists without their target: nothing proves it, but small models need texts
     dropout: Share = 0.0  # that of mid-training keeps a small model from copying exactly
     drills: int = Field(0, ge=0)  # made-up lists beside the traces (gr2.drills), for models without a base

@@ -117,7 +117,7 @@ def run(cfg: Config, ctx: Context) -> Result:
 
 def judged(ctx: Context) -> Requests:
     """Every request of the split test."""
-    columns = ["request_id", "candidate_ids", "grades", "target_rank", "full_rank", "source", "slice"]
+    columns = ["request_id", "user_id", "candidate_ids", "grades", "target_rank", "full_rank", "source", "slice"]
     return Requests(ctx.lake.read("candidates", columns, order_by=["request_id"], split=SPLIT).to_pylist())
 
 

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 import schemas
 from gr2.answers import parse
@@ -59,14 +60,14 @@ def run(cfg: Config, ctx: Context) -> Result:
     taught_as = Counter("drill" if r["source"] == "drill" else r["mode"] for r in rows)
     unproven = sum(r["source"] == "no_target" for r in rows)
     detail = {**{f"left_out_{k}": v for k, v in left_out.items()}, **taught_as, **({"unproven": unproven} if unproven else {})}
-    ctx.log(f"sft_examples: {count} from {traces.num_rows} accepted traces of {name}: {detail}")
+    ctx.log(f"sft_examples: {count} from {traces.num_rows} traces of {name}: {detail}")
     return Result(rows_in=traces.num_rows, rows_out=count, detail=detail)
 
 
 def taken(traces: pa.Table, most: int, seed: int) -> pa.Table:
     """A seeded sample of traces, in their order; all where `most` is 0."""
-    chosen = set(sample(traces["sample_id"].to_pylist(), most, seed, "traces taught"))
-    return traces.filter(pa.array([i in chosen for i in traces["sample_id"].to_pylist()], pa.bool_()))
+    chosen = sample(traces["sample_id"].to_pylist(), most, seed, "traces taught")
+    return traces.filter(pc.is_in(traces["sample_id"], value_set=pa.array(chosen, traces.schema.field("sample_id").type)))
 
 
 def examples(ctx: Context, cfg: Config, tokenizer: Any, traces: list[dict[str, Any]], left_out: Counter[str]) -> Iterator[dict[str, Any]]:

@@ -1,0 +1,24 @@
+"""What benchmarks share: stages of a profile in a process of their own, and how a figure with its interval is written."""
+
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from gr2.metrics import bootstrap_mean
+
+DRAWS, SEED = 2000, 13
+
+
+def gr2(profile: str, root: Path, words: Sequence[str], settings: Iterable[str]) -> None:
+    """One `gr2` command under a root. Raises CalledProcessError where it fails."""
+    chosen = [f"paths.root={root}", *settings]
+    subprocess.run([sys.executable, "-m", "gr2", *words, "--profile", profile, *(w for s in chosen for w in ("--set", s))], check=True)
+
+
+def told(values: Sequence[float] | np.ndarray, signed: bool = False) -> str:
+    """Mean with its 95 % bootstrap interval."""
+    form = "{:+.4f} [{:+.4f}, {:+.4f}]" if signed else "{:.4f} [{:.4f}, {:.4f}]"
+    return form.format(*bootstrap_mean(np.asarray(values), DRAWS, SEED))
