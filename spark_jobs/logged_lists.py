@@ -54,7 +54,7 @@ def slot_weights(cfg: Config, impressions: DataFrame, windows: DataFrame) -> lis
     Slots are compared within groups of like propensity, by powers of two; impressions without one are a group of their own.
     """
     until = windows.where(F.col("split").isin("pretrain", "rerank")).agg(F.max("until")).collect()[0][0]
-    group = F.coalesce(F.floor(F.log2(F.greatest("propensity", F.lit(1e-9)))).cast("int"), F.lit(1))
+    group = F.coalesce(F.floor(F.log2("propensity")).cast("int"), F.lit(1))
     counts = (
         impressions.where(F.col("event_date") <= F.lit(until))
         .groupBy("position", group.alias("group"))
