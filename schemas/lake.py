@@ -65,14 +65,28 @@ class Lake:
     def read(self, name: str, columns: list[str] | None = None, order_by: Iterable[str] = (), **equals: Any) -> pa.Table:
         """Rows whose columns equal the given values, sorted: delta-rs promises no order of rows, so say `order_by` where it matters.
 
-        `read("item_pairs", ["item_id", "weight"], order_by=["item_id"], fit="train")`. A list as a value means membership.
+        `read("item_pairs", ["item_id", "weight"], order_by=["item_id"], fit="train")`. A list as a value means membership. A column that
+        a table of an older contract lacks is null where it may be; else raises MissingInputError naming the stage that builds it again.
         """
         where = None
         for column, value in equals.items():
             term = ds.field(column).isin(value) if isinstance(value, (list, tuple, set)) else ds.field(column) == value
             where = term if where is None else where & term
         wanted = None if columns is None else list(dict.fromkeys([*columns, *order_by]))
-        table = self.dataset(name).to_table(columns=wanted, filter=where)
+        found = self.dataset(name)
+        younger = self._younger(name, found, wanted)
+        table = found.to_table(columns=wanted and [c for c in wanted if c not in younger], filter=where)
+        for column, kind in younger.items():
+            table = table.append_column(column, pa.nulls(table.num_rows, kind))
         if order_by:
             table = table.sort_by([(c, "ascending") for c in order_by])
         return table if columns is None else table.select(columns)
+
+    def _younger(self, name: str, found: ds.Dataset, wanted: list[str] | None) -> dict[str, pa.DataType]:
+        """Wanted columns of the contract that a table of an older one lacks, all of which may be null."""
+        lacking = [c for c in schemas.get(name).columns if c.name in (wanted or ()) and c.name not in found.schema.names]
+        if needed := [c.name for c in lacking if not c.nullable]:
+            raise MissingInputError(
+                f"table {name!r} was written under an older contract, without {', '.join(needed)}: run `gr2 stage {builder_of(name)}` again"
+            )
+        return {c.name: c.type for c in lacking}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import schemas
-from gr2.errors import AuditError
+from gr2.errors import AuditError, MissingInputError
 from schemas.base import DOUBLE, Column
 from schemas.lake import Lake
 from spark_jobs import interactions
@@ -34,6 +34,19 @@ def test_a_table_whose_contract_stands_is_read_as_it_is(old, name):
     assert rows.num_rows > 5
     assert rows.schema.names == table.names()
     assert read(old, name).select(*table.names()).count() == rows.num_rows
+
+
+def test_a_column_that_an_old_table_lacks_is_null_where_it_may_be_and_named_where_not(old):
+    with pytest.raises(MissingInputError, match=r"'interactions' was written under an older contract, without period: run `gr2 stage inter"):
+        old.lake.read("interactions", ["item_id", "period"])
+    table = schemas.get("events")
+    wider = dataclasses.replace(table, columns=(*table.columns, Column("dwell", DOUBLE, "seconds looked at it", nullable=True)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(schemas, "get", lambda name: wider)
+        rows = old.lake.read("events", ["dwell", "event_id"])
+    assert rows.schema.names == ["dwell", "event_id"]
+    assert set(rows["dwell"].to_pylist()) == {None}
+    assert rows.num_rows == old.lake.read("events").num_rows
 
 
 def test_a_whole_build_replaces_an_older_layout_with_the_same_history(old):
