@@ -7,6 +7,7 @@ import pytest
 
 import schemas
 from gr2.errors import AuditError, InputError, MissingInputError
+from spark_jobs import publish as publishing
 from spark_jobs.publish import publish
 from spark_jobs.session import frame_of, read
 
@@ -71,6 +72,14 @@ def test_a_broken_rule_publishes_nothing_and_is_named(ctx, spoil, rule):
         publish(ctx, "item_stats", frame_of(ctx, spoil(stats("train", "a", "b"))))
     assert ctx.lake.read("item_stats")["item_id"].to_pylist() == ["a"]
     assert list((ctx.root / "staging").iterdir()), "the refused rows are kept"
+
+
+def test_keys_whose_hashes_collide_are_not_taken_for_equal(ctx, monkeypatch):
+    hashed = publishing.F.xxhash64
+    monkeypatch.setattr(publishing.F, "xxhash64", lambda *columns: hashed(*columns) % 2)
+    assert publish(ctx, "item_stats", frame_of(ctx, stats("train", "a", "b", "c", "d"))) == 4
+    with pytest.raises(AuditError, match=r"duplicates\(fit, item_id\): 1 rows"):
+        publish(ctx, "item_stats", frame_of(ctx, stats("train", "a", "b", "c", "c")))
 
 
 def test_undeclared_and_missing_columns_are_refused(ctx):
