@@ -26,11 +26,11 @@ BESIDE = ("quarantine", "histories")  # audited while another table is being wri
 HEAVY = "-XX:+UseParallelGC"  # and both compilers: what a profile for heavy jobs says in place of `spark_jobs.session.JVM`
 
 
-def settings(root: Path, millions: float, days: int) -> list[str]:
-    """Overrides of the demo profile."""
+def settings(root: Path, millions: float, days: int, partitions: int = 4) -> list[str]:
+    """Overrides of the demo profile. `partitions`: of a shuffle."""
     return [
         f"paths.root={root}", f"simulator.users={round(USERS * millions)}", "simulator.items=5000", "simulator.new_items_per_day=10",
-        f"simulator.days={days}", "spark.driver_memory=4g", "spark.shuffle_partitions=4",
+        f"simulator.days={days}", "spark.driver_memory=4g", f"spark.shuffle_partitions={partitions}",
         f"spark.extra={{spark.driver.extraJavaOptions: '{HEAVY}'}}",
     ]  # fmt: skip
 
@@ -111,7 +111,7 @@ def spark(work: Path, millions: float) -> dict[str, Any]:
     runs = [("build", Context(whole))]
     for number in range(1, NIGHTS + 1):
         day = DAYS - NIGHTS + number
-        night = Context(load("demo", settings(root, millions, day)), start + dt.timedelta(days=day - 1))
+        night = Context(load("demo", settings(root, millions, day, partitions=2)), start + dt.timedelta(days=day - 1))
         runs.append(("night" if number == NIGHTS else f"night {number}", night))
     for name, ctx in runs:
         _ = ctx.spark

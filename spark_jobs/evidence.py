@@ -20,9 +20,9 @@ from pyspark.sql import functions as F
 import schemas
 from gr2.config import Config, Evidence
 from gr2.context import Context, Result
-from spark_jobs.increments import added, building, last_built, until_settled
+from spark_jobs.increments import building, last_built, replaced, until_settled
 from spark_jobs.publish import publish
-from spark_jobs.session import read, values
+from spark_jobs.session import read
 
 FITS = {"train": ("pretrain",), "refit": ("pretrain", "rerank")}
 MAX_STEPS = 1000  # interactions of one user in one period that count, the first: a robot must not weigh more than that
@@ -39,13 +39,11 @@ def _build(cfg: Config, ctx: Context) -> Result:
     now = building(cfg, ctx, "evidence", "pair_days", "interactions")
     interactions = read(ctx, "interactions", now.version)
     before = last_built(ctx, "pair_days", now) if ctx.date else None
-    changed = added(ctx, now, before) if before else None
-    if changed is None:
+    periods = replaced(ctx, now, before) if before else None
+    if periods is None:
         days = publish(ctx, "pair_days", pair_days(interactions, cfg.evidence.window), built=now)
     else:
-        periods = values(changed, "period")
-        users = interactions.where(F.col("period").isin(*periods)).select("user_id").distinct()
-        mine = pair_days(interactions.join(users, on="user_id", how="left_semi"), cfg.evidence.window, periods)
+        mine = pair_days(reaching(interactions, cfg.evidence.window, periods), cfg.evidence.window, periods)
         days = publish(ctx, "pair_days", mine, {"period": periods}, now) if periods else 0
     if ctx.date:
         return Result(rows_in=days, rows_out=days, detail={"pair_days": days})
@@ -100,10 +98,17 @@ def _units(weight: Column) -> Column:
     return F.greatest(F.round(weight / UNIT).cast("long"), F.lit(1))
 
 
+def reaching(interactions: DataFrame, window: int, periods: set[str]) -> DataFrame:
+    """Rows of these periods, and of the same users what lies between them and `window` rows before."""
+    span = (F.min("ordinal") - window).alias("first"), F.max("ordinal").alias("last")
+    spans = interactions.where(F.col("period").isin(*periods)).groupBy("user_id").agg(*span)
+    return interactions.join(spans, on="user_id").where(F.col("ordinal").between(F.col("first"), F.col("last"))).drop("first", "last")
+
+
 def pair_days(interactions: DataFrame, window: int, periods: set[str] | None = None) -> DataFrame:
     """What followed what on each day (of `periods`), in the contract of `pair_days`: linear in interactions, `window` rows each.
 
-    `interactions` hold all of the users that they hold any of.
+    `interactions` hold whole users, or what `reaching` leaves of them.
     """
     order = Window.partitionBy("user_id").orderBy("ordinal")
     place = F.row_number().over(Window.partitionBy("user_id", "period").orderBy("ordinal"))

@@ -18,6 +18,7 @@ from pyspark.sql import DataFrame
 from gr2.config import Config
 from gr2.context import Context, Result
 from gr2.pipeline import get, settings_of
+from schemas.lake import HISTORY, UPKEEP
 from spark_jobs.publish import RETRIES, Overtaken
 from spark_jobs.session import read
 
@@ -65,6 +66,16 @@ def added(ctx: Context, now: Built, before: Built) -> DataFrame | None:
         ctx.log(f"{now.source}: its change feed does not reach back to version {before.version} ({str(error).splitlines()[0][:120]})")
         return None
     return changed.where("_change_type = 'insert'").drop("_change_type", "_commit_version", "_commit_timestamp")
+
+
+def replaced(ctx: Context, now: Built, before: Built) -> set[str] | None:
+    """Periods of the source that were replaced between two builds, as its commits say; nothing where one of them does not say."""
+    commits = ctx.lake.open(now.source).history(HISTORY)
+    if before.version < commits[-1]["version"]:
+        return None
+    between = [c for c in commits if before.version < c["version"] <= now.version and c.get("operation") not in UPKEEP]
+    told = [json.loads(c.get("userMetadata") or "{}").get("settings", {}).get("periods") for c in between]
+    return None if None in told else {period for periods in told for period in periods}
 
 
 def until_settled(ctx: Context, build: Callable[[], Result]) -> Result:

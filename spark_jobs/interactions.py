@@ -112,6 +112,7 @@ def _increment(cfg: Config, ctx: Context, acts: DataFrame, new: New, now: list[B
         if not moved:
             ctx.log("interactions: nothing new")
             return Result(detail={"periods": 0})
+        now[0].settings["periods"] = sorted(moved)  # who builds on this table need not look for what changed
         others = there.where(F.col("period").isin(*moved)).join(fresh, on="user_id", how="left_anti").drop("split")
         others = with_split(others, cfg.data, windows).select(*mine.columns)
         replaced = others.unionByName(mine.where(F.col("period").isin(*moved)))

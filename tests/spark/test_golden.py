@@ -37,7 +37,7 @@ def test_a_table_whose_contract_stands_is_read_as_it_is(old, name):
 
 
 def test_a_column_that_an_old_table_lacks_is_null_where_it_may_be_and_named_where_not(old):
-    with pytest.raises(MissingInputError, match=r"'interactions' was written under an older contract, without period: run `gr2 stage inter"):
+    with pytest.raises(MissingInputError, match=r"older contract, without period: run `gr2 stage interactions` again"):
         old.lake.read("interactions", ["item_id", "period"])
     table = schemas.get("events")
     wider = dataclasses.replace(table, columns=(*table.columns, Column("dwell", DOUBLE, "seconds looked at it", nullable=True)))
