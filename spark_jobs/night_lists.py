@@ -55,12 +55,14 @@ def _lists(cfg: Config, ctx: Context, night: dt.date, model: Artifact, print_: s
     asked = requests(read(ctx, "histories"), night, print_.split("-")[0]).orderBy("request_id").toArrow().to_pylist()
     pairs, stats = evidence.as_of(ctx, cfg.evidence, night)
     pairs = pairs.persist(StorageLevel.MEMORY_AND_DISK)  # for the beams and for the features
-    rows = list(ranked(cfg, ctx, asked, "live", model, pairs.select(*PAIR).toArrow())) if asked else []
-    schema = schemas.get("candidates").arrow()
-    lists = publish(ctx, "candidates", frame_of(ctx, pa.Table.from_pylist(rows, schema=schema)), partition)
-    made = read(ctx, "candidates").where((F.col("split") == "live") & (F.col("night") == partition["night"]))
-    publish(ctx, "candidate_features", with_features(ctx, made, pairs, stats), partition)
-    pairs.unpersist()
+    try:
+        rows = list(ranked(cfg, ctx, asked, "live", model, pairs.select(*PAIR).toArrow())) if asked else []
+        schema = schemas.get("candidates").arrow()
+        lists = publish(ctx, "candidates", frame_of(ctx, pa.Table.from_pylist(rows, schema=schema)), partition)
+        made = read(ctx, "candidates").where((F.col("split") == "live") & (F.col("night") == partition["night"]))
+        publish(ctx, "candidate_features", with_features(ctx, made, pairs, stats), partition)
+    finally:
+        pairs.unpersist()
     if not lists:
         ctx.log(f"candidates: nobody did anything on {night}: no lists")
     return lists
