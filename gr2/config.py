@@ -241,6 +241,7 @@ class Traces(Section):
     max_attempts: Positive = 8
     accepted_per_request: Positive = 1  # rejection goes on, under other shuffles, until so many are accepted
     temperature: float = Field(0.4, ge=0)  # of the evidence program; language models want about 0.7
+    ordered: int = Field(1, ge=1, le=3)  # the evidence program puts so many in order, and names them; the others stay
     max_tokens: Positive = 128  # thought and answer; language models that reason at length need more
     max_requests: int = Field(0, ge=0)  # seeded sample of those whose target is in the list; 0: all
     no_target_requests: int = Field(100, ge=0)  # seeded sample of those whose target is not
@@ -318,7 +319,9 @@ class Distill(Section):
     train: Training = Training(epochs=2, lr=5e-4)
     source: Name = "rl"
     replicas: Positive = 2
-    max_requests: int = Field(400, ge=0)  # seeded sample of those with a relevant candidate; 0: all
+    thoughts: Positive = 1  # drawn for a prompt, and averaged; several at temperature 0 are one
+    temperature: float = Field(0.0, ge=0)
+    max_requests: int = Field(400, ge=0)  # seeded sample of split rerank; 0: all
     label_weight: float = Field(1.0, ge=0)
     order_weight: float = Field(0.5, ge=0)
 

@@ -2,10 +2,11 @@
 
     view, thought, order = drill(items, load_template("rerank_v3"), "13:7", history=6)
 
-A drawn slate with drawn evidence, a thought that says which evidence it goes by, and an answer that puts the best by it first; the others
-keep the incoming order. There is nothing to know about anybody's taste: which evidence counts is drawn too, so a drill teaches no
-preference, only that a need which was named is followed, that words after a label are true of it, and that the answer names every label
-once. Models with a base can do this already; a small one does not learn it from the few accepted traces alone (docs/log.md).
+A drawn slate with drawn evidence, a thought that says which evidence it goes by, and an answer that puts the best by it first (one, or
+`ordered` of them); the others keep the incoming order. There is nothing to know about anybody's taste: which evidence counts is drawn
+too, so a drill teaches no preference, only that a need which was named is followed, that words after a label are true of it, and that the
+answer names every label once. Models with a base can do this already; a small one does not learn it from the few accepted traces alone
+(docs/log.md).
 """
 
 import random
@@ -19,6 +20,7 @@ from gr2.prompts import (
     Template,
     Value,
     View,
+    best_first,
     compose_thought,
     evidence_of,
     led_by,
@@ -31,12 +33,12 @@ SILENT = 0.7  # share of evidence that a line does not have
 
 
 def drill(
-    items: Sequence[tuple[str, str]], template: Template, name: str, *, history: int = 6, most: int = 10
+    items: Sequence[tuple[str, str]], template: Template, name: str, *, history: int = 6, most: int = 10, ordered: int = 1
 ) -> tuple[View, str, tuple[str, ...]]:
     """`(view, thought, labels in order)` of one made-up request over `(semantic ID, text)` of a catalogue.
 
-    `history`, `most`: the most items of a history and candidates of a list. The name is the seed of all draws. Raises ValueError for a
-    catalogue that is smaller than one request.
+    `history`, `most`: the most items of a history and candidates of a list; `ordered`: how many are put in order. The name is the seed of
+    all draws. Raises ValueError for a catalogue that is smaller than one request.
     """
     draw = random.Random(name)
     count, past = draw.randint(FEWEST, most), draw.randint(0, history)
@@ -48,18 +50,19 @@ def drill(
     said = evidence_of(view, template)
     names = [name for name in draw.sample(sorted(template.evidence), len(template.evidence)) if any(name in words for words in said)]
     need, pattern = names[:NEEDS], names[NEEDS : NEEDS + 2]
-    levels = [tuple(_level(template.evidence[name], words, name) for name in need) for words in said]
-    first = min(range(count), key=lambda place: [*(-level for level in levels[place]), place])
-    order = led_by(view, first)
+    levels = [_levels(template.evidence[name], name, view, said) for name in need]
+    best = sorted(range(count), key=lambda place: [*(-levels_N[place] for levels_N in levels), place])
+    order = led_by(view, best[:ordered])
     return view, compose_thought(view, order, pattern, need, template), order
 
 
-def _level(feature: Feature, words: dict[str, str], name: str) -> float:
-    """How good a line is in one feature, as its words say it: 0 where they say nothing. Of places and gaps, small ones are good."""
-    if name not in words:
-        return 0.0
-    level = feature.words.index(words[name]) + 1 + 0.5 * (f"{name}_best" in words)
-    return -level if feature.column in SMALL_IS_GOOD and not feature.listed else level
+def _levels(feature: Feature, name: str, view: View, said: Sequence[dict[str, str]]) -> list[float]:
+    """How good each candidate is in one feature, as the prompt says it (0: not at all). Of places and gaps, small ones are good."""
+    if feature.listed:
+        named = best_first(feature, view)
+        return [float(len(named) - named.index(place)) if place in named else 0.0 for place in range(len(said))]
+    sign = -1.0 if feature.column in SMALL_IS_GOOD else 1.0
+    return [sign * (feature.words.index(w[name]) + 1 + 0.5 * (f"{name}_best" in w)) if name in w else 0.0 for w in said]
 
 
 def _evidence(template: Template, draw: random.Random) -> dict[str, Value]:

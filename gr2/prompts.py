@@ -47,7 +47,7 @@ COLUMNS = DERIVED | frozenset(
 )
 SMALL_IS_GOOD = frozenset({"place", "prior_gap"})
 NOBODY = "Z"  # a label that is never given out: it fills a list of labels, so that every place of it stands at the same distance
-COMPARED = 3  # candidates that a program's thought compares: the one it puts first, and the first of the others
+COMPARED = 3  # candidates that a program's thought compares: the first of its order
 BY_PLACE = ("incoming_rank", "prior_score", "prior_gap")  # belong to a place in the incoming order, not to the item in it
 WORD = re.compile(r"[a-z]+[A-Z][a-z]+")  # the shape of every evidence word
 _FIELDS = {
@@ -293,7 +293,7 @@ def evidence_lists(view: View, template: Template) -> list[str]:
     for feature in template.evidence.values():
         if not feature.listed:
             continue
-        labels = [view.labels[place] for place in _best_first(feature, view)]
+        labels = [view.labels[place] for place in best_first(feature, view)]
         if feature.as_answer:
             answers += [feature.words[0], format_answer(labels)]
         else:
@@ -302,7 +302,7 @@ def evidence_lists(view: View, template: Template) -> list[str]:
     return [*([" ".join(inline)] if inline else []), *answers]
 
 
-def _best_first(feature: Feature, view: View) -> list[int]:
+def best_first(feature: Feature, view: View) -> list[int]:
     """Incoming places that a listed feature names, best first; ties in incoming order."""
     values = [_value(feature.column, place, c) for place, c in enumerate(view.candidates)]
     sign = 1.0 if feature.column in SMALL_IS_GOOD else -1.0
@@ -328,7 +328,7 @@ def evidence_of(view: View, template: Template | None = None) -> list[dict[str, 
     said: list[dict[str, str]] = [{} for _ in view.candidates]
     for name, feature in template.evidence.items():
         if feature.listed:
-            for number, place in enumerate(_best_first(feature, view)):
+            for number, place in enumerate(best_first(feature, view)):
                 said[place] |= {name: feature.words[0]} | ({f"{name}_best": feature.best} if feature.best and number == 0 else {})
             continue
         values = [_value(feature.column, place, c) for place, c in enumerate(view.candidates)]
@@ -382,9 +382,9 @@ def compose_thought(
     return f"{' '.join(steps[0])}. {' '.join(steps[1])}. {template.thought['compare']} {', '.join(claims)}."
 
 
-def led_by(view: View, place: int) -> tuple[str, ...]:
-    """Labels in the order of a program that moves one candidate: that of an incoming place first, the others as they came."""
-    return (view.labels[place], *(label for other, label in enumerate(view.labels) if other != place))
+def led_by(view: View, places: Sequence[int]) -> tuple[str, ...]:
+    """Labels in the order of a program that moves a few candidates: those of these incoming places first, the others as they came."""
+    return (*(view.labels[place] for place in places), *(label for other, label in enumerate(view.labels) if other not in places))
 
 
 def _with_best(names: Sequence[str]) -> list[str]:

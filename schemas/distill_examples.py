@@ -11,10 +11,10 @@ TABLE = Table(
         Column("example_id", STRING, "request and replica"),
         Column("request_id", STRING, "request"),
         Column("source_model", STRING, "model imitated, with its hash"),
-        Column("source_mode", STRING, "think; score where the thinking answer did not parse", values=("think", "score")),
+        Column("source_mode", STRING, "think; score where no thinking answer parsed", values=("think", "score")),
         Column("prompt", STRING, "rendered prompt, score mode: the next token is the first label", long=True),
-        Column("order", list_of(STRING), "labels, best first"),
-        Column("label_logprobs", list_of(FLOAT), "log-probability of each label of `order` at the first answer position"),
+        Column("order", list_of(STRING), "labels, best first: by mean place over the answers"),
+        Column("label_logprobs", list_of(FLOAT), "log of each label's mean probability at the first answer position"),
         Column("ordinal", LONG, "order of reading"),
     ),
 )

@@ -166,10 +166,13 @@ def _conditional_logit(features_RNF: Floats, there_RN: NDArray[np.bool_], share_
 
 
 class EvidenceEngine:
-    """Answers asks that carry their `view` and `user`; the prompt is not read. `template`: whose words a rationale may use."""
+    """Answers asks that carry their `view` and `user`; the prompt is not read.
 
-    def __init__(self, program: Program, template: Template, name: str = NAME) -> None:
-        self.name = name
+    `template`: whose words a rationale may use. `ordered`: how many candidates it puts in order; the others keep their incoming places.
+    """
+
+    def __init__(self, program: Program, template: Template, name: str = NAME, ordered: int = 1) -> None:
+        self.name, self._ordered = name, ordered
         self._program, self._template = program, template
         self._cited = design(np.zeros((1, 1, len(columns_of()))), np.ones((1, 1), dtype=bool))[1]
 
@@ -201,8 +204,9 @@ class EvidenceEngine:
             scores_N[[c.item_id for c in view.candidates].index(ask.target)] += BOOST
         noise_N = np.random.default_rng(ask.seed).gumbel(size=len(scores_N))
         leader = int(np.argmax(scores_N + ask.temperature * noise_N))
-        # The drawn leader comes first and the others keep their places: an order that nothing tells of would be noise to learn from.
-        ranking = led_by(view, leader)
+        # The leader is drawn, those after it are the best of the rest, and what the thought does not name keeps its place: an order that
+        # nothing tells of would be noise to learn from.
+        ranking = led_by(view, [leader, *(int(n) for n in np.argsort(-scores_N, kind="stable") if n != leader)][: self._ordered])
         ahead_F = added_NF[leader] - added_NF.mean(axis=0)  # what puts the leader ahead of a usual candidate
         strength: dict[str, float] = {}
         for cited, value in zip(self._cited, ahead_F, strict=True):

@@ -1,10 +1,11 @@
 """Stage `distill_examples`: what the best model makes of the re-ranker's own requests, to be imitated without thinking (METHOD 10).
 
-Reads `candidates`, `candidate_features`, `items`, `semantic_ids` (split `rerank`, lists with anything relevant, at most
-`distill.max_requests`) and the model `distill.source`. Writes `distill_examples` (one request and replica; key example_id).
-The source thinks first, greedily; its order is the answer it gives, its label log-probabilities those at the first answer position, after
-its own thought. Where that answer does not parse, it is asked in `score` mode instead: the row's `source_mode` says so.
-A rerun is harmless: decoding is greedy and the table is replaced whole.
+Reads `candidates`, `candidate_features`, `items`, `semantic_ids` (split `rerank`, at most `distill.max_requests`: no label is needed) and
+the model `distill.source`. Writes `distill_examples` (one request and replica; key example_id).
+The source thinks first, `distill.thoughts` times. Its order is the mean place over the answers it gives, its label probabilities the mean
+of those at the first answer position, after each thought: one thought is all but sure of its leader, several tell how sure the source is.
+Where no answer parses, it is asked in `score` mode instead: the row's `source_mode` says so.
+A rerun is harmless: draws are seeded and the table is replaced whole.
 
     gr2 stage distill_examples --profile demo
 """
@@ -27,11 +28,11 @@ from scoring.model import load_tokenizer
 from spark_jobs.engine_pool import Spec, engine_for, on_workers, portable
 from spark_jobs.prompting import render_texts, sample, views
 from spark_jobs.publish import publish
-from spark_jobs.rl_prompts import relevant
 from spark_jobs.session import read
 
 CHUNK = 512  # prompts rendered at once
 ROOM = 4  # tokens beyond thought and answer: the tags and the end
+TINY = 1e-30  # a probability that has a logarithm
 ASKED = pa.schema(
     [("example_id", STRING), ("request_id", STRING), ("think", STRING), ("prompt", STRING), ("labels", list_of(STRING)), ("ordinal", INT)]
 )
@@ -40,7 +41,8 @@ ASKED = pa.schema(
 def run(cfg: Config, ctx: Context) -> Result:
     """Asks the source, publishes its answers. Raises MissingInputError, EngineError, ModelError (a prompt too long)."""
     source = ctx.model(cfg.distill.source, "rl")
-    chosen = sample(relevant(ctx, "rerank"), cfg.distill.max_requests, cfg.seed, "distill")
+    there = ctx.lake.read("candidates", ["request_id"], order_by=["request_id"], split="rerank")["request_id"].to_pylist()
+    chosen = sample(there, cfg.distill.max_requests, cfg.seed, "distill")
     parts, stream = [ASKED.empty_table()], views(ctx, cfg, "rerank", chosen, tuple(range(cfg.distill.replicas)))
     tokenizer = load_tokenizer(source.path)
     while chunk := list(islice(stream, CHUNK)):
@@ -87,32 +89,42 @@ def answering(cfg: Config, name: str, path: str) -> Callable[[list[dict[str, Any
 
 
 def imitated(engine: Engine, rows: Sequence[dict[str, Any]], cfg: Config, name: str) -> list[dict[str, Any]]:
-    """The rows of `distill_examples`. A row that the engine cannot score at all is left out."""
-    limit = cfg.prompt.max_thought_tokens + cfg.prompt.max_answer_tokens + ROOM
-    answers = engine.generate([Ask(row["example_id"], row["think"], limit, 0.0, 0) for row in rows])
-    orders = [parse(answer.text, row["labels"], "think").order for row, answer in zip(rows, answers, strict=True)]
-    contexts = [
-        row["prompt"] if order is None else row["think"] + answer.text.partition(END_THINK)[0] + END_THINK + ANSWER_OPEN
-        for row, answer, order in zip(rows, answers, orders, strict=True)
-    ]
+    """The rows of `distill_examples`. A row that the engine cannot score at all is left out. Shapes: C contexts, Y labels of the chunk."""
+    told = [[(order, context) for order, context in drawn if order] for drawn in thoughts(engine, rows, cfg)]
+    contexts = [[context for _, context in drawn] or [row["prompt"]] for row, drawn in zip(rows, told, strict=True)]
     labels = sorted({label for row in rows for label in row["labels"]})
-    scores_BY = engine.label_logprobs(contexts, labels)
+    scores_CY = engine.label_logprobs([context for own in contexts for context in own], labels).astype(np.float64)
+    ends = np.cumsum([len(own) for own in contexts])[:-1]
     made = []
-    for row, order, scores_Y in zip(rows, orders, scores_BY, strict=True):
-        if not np.isfinite(scores_Y).all():
+    for row, drawn, own_CY in zip(rows, told, np.split(scores_CY, ends), strict=True):
+        if not np.isfinite(own_CY).all():
             continue
-        score_of = dict(zip(labels, scores_Y.tolist(), strict=True))
-        final = order or tuple(sorted(row["labels"], key=lambda label: (-score_of[label], label)))
+        score_of = dict(zip(labels, np.log(np.exp(own_CY).mean(axis=0) + TINY).tolist(), strict=True))
+        order = sorted(row["labels"], key=lambda label: (sum(order.index(label) for order, _ in drawn), -score_of[label], label))
         made.append(
             {
                 "example_id": row["example_id"],
                 "request_id": row["request_id"],
                 "source_model": name,
-                "source_mode": "think" if order else "score",
+                "source_mode": "think" if drawn else "score",
                 "prompt": row["prompt"],
-                "order": list(final),
-                "label_logprobs": [score_of[label] for label in final],
+                "order": order,
+                "label_logprobs": [score_of[label] for label in order],
                 "ordinal": row["ordinal"],
             }
         )
     return made
+
+
+def thoughts(engine: Engine, rows: Sequence[dict[str, Any]], cfg: Config) -> list[list[tuple[tuple[str, ...] | None, str]]]:
+    """For each row its draws: (the answer's order, None where it does not parse; the prompt gone on with up to the first label)."""
+    limit, count = cfg.prompt.max_thought_tokens + cfg.prompt.max_answer_tokens + ROOM, cfg.distill.thoughts
+    asked = [(row, f"{row['example_id']}#{number}") for row in rows for number in range(count)]
+    answers = engine.generate(
+        [Ask(key, row["think"], limit, cfg.distill.temperature, seed_of("thought", cfg.seed, key)) for row, key in asked]
+    )
+    drawn = [
+        (parse(answer.text, row["labels"], "think").order, row["think"] + answer.text.partition(END_THINK)[0] + END_THINK + ANSWER_OPEN)
+        for (row, _), answer in zip(asked, answers, strict=True)
+    ]
+    return [drawn[start : start + count] for start in range(0, len(drawn), count)]

@@ -58,7 +58,7 @@ def engine_for(spec: Spec, cfg: Config) -> Engine:
     elif spec.program is None or spec.template is None:
         raise EngineError("an evidence spec holds its program and template")
     else:
-        engine = EvidenceEngine(spec.program, spec.template, spec.name)
+        engine = EvidenceEngine(spec.program, spec.template, spec.name, cfg.traces.ordered)
     _OPEN[spec.name] = engine
     return engine
 

@@ -40,7 +40,7 @@ from validation.traces import findings
 
 SCHEMA = schemas.get("reasoning_traces").arrow()
 SamplingMode = Literal["rejection", "targeted"]
-DRAWN_BY = ("temperature", "max_tokens", "template")  # settings of `traces` that change what a teacher draws
+DRAWN_BY = ("temperature", "max_tokens", "template", "ordered")  # settings of `traces` that change what a teacher draws
 
 
 def run(cfg: Config, ctx: Context) -> Result:

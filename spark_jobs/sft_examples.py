@@ -97,7 +97,7 @@ def drills(ctx: Context, cfg: Config, tokenizer: Any) -> list[dict[str, Any]]:
     if not cfg.sft.drills:
         return []
     items, template = catalogue(ctx), template_of(cfg.prompt)
-    limits = {"history": cfg.prompt.history_items, "most": cfg.candidates.n}
+    limits = {"history": cfg.prompt.history_items, "most": cfg.candidates.n, "ordered": cfg.traces.ordered}
     made = [drill(items, template, f"{cfg.seed}:{number}", **limits) for number in range(cfg.sft.drills)]
     prompts = render_texts(tokenizer, [view for view, _, _ in made], cfg, "think", filled=False)
     rows = []

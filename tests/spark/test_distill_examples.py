@@ -25,7 +25,7 @@ class Script:
         self.texts, self.contexts = texts, []
 
     def generate(self, asks):
-        return [Answer(ask.key, self.texts[ask.key]) for ask in asks]
+        return [Answer(ask.key, self.texts.get(ask.key) or self.texts[ask.key.split("#")[0]]) for ask in asks]
 
     def label_logprobs(self, prompts, labels):
         self.contexts = list(prompts)
@@ -43,14 +43,28 @@ def test_the_thinking_answer_counts_and_the_labels_where_it_does_not_parse(ctx):
          "ordinal": 1, "labels": ["C", "A", "B"]}
         for key, start in (("fine", "p"), ("broken", "p"), ("lost", "unreadable"))
     ]  # fmt: skip
-    texts = {"fine": '<think>why @B</think>["B","C","A"]', "broken": '<think>why</think>["B","B","A"]', "lost": ""}
+    texts = {"fine": '<think>why @B</think>["B","C","A"]', "broken": '<think>why</think>["B","B","A"]', "lost": "nothing"}
     engine = Script(texts)
     fine, broken = distill_examples.imitated(engine, rows, ctx.cfg, "rl@x")
     assert engine.contexts[0] == "p fine: think, then rank\n<think>why @B</think>" + ANSWER_OPEN, "after its own thought"
     assert engine.contexts[1] == "p broken: rank"
-    assert (fine["order"], fine["label_logprobs"], fine["source_mode"]) == (["B", "C", "A"], [-1.0, -2.0, 0.0], "think")
-    assert (broken["order"], broken["label_logprobs"], broken["source_mode"]) == (["A", "B", "C"], [0.0, -1.0, -2.0], "score")
+    assert (fine["order"], fine["source_mode"]) == (["B", "C", "A"], "think")
+    assert fine["label_logprobs"] == pytest.approx([-1.0, -2.0, 0.0], abs=1e-6)
+    assert (broken["order"], broken["source_mode"]) == (["A", "B", "C"], "score")
+    assert broken["label_logprobs"] == pytest.approx([0.0, -1.0, -2.0], abs=1e-6)
     assert fine["prompt"] == "p fine: rank", "the student is to do without a thought"
+
+
+def test_several_thoughts_are_averaged(make_ctx):
+    cfg = make_ctx(["distill.thoughts=3", "distill.temperature=1"]).cfg
+    row = {"example_id": "r", "request_id": "r", "think": "p: think\n", "prompt": "p: rank", "ordinal": 1, "labels": ["C", "A", "B"]}
+    engine = Script({"r#0": '<think>x</think>["B","C","A"]', "r#1": '<think>y</think>["B","B"]', "r#2": '<think>z</think>["C","B","A"]'})
+    scores = {"x": [0.1, 0.8, 0.1], "z": [0.1, 0.3, 0.6]}
+    engine.label_logprobs = lambda prompts, labels: np.log([scores[p.partition("<think>")[2][0]] for p in prompts], dtype=np.float32)
+    (made,) = distill_examples.imitated(engine, [row], cfg, "rl@x")
+    assert made["order"] == ["B", "C", "A"], "by mean place over the two that parse, then by probability"
+    assert made["source_mode"] == "think"
+    np.testing.assert_allclose(np.exp(made["label_logprobs"]), [0.55, 0.35, 0.1], rtol=1e-5)
 
 
 def test_the_stage_asks_its_source_and_a_rerun_changes_nothing(make_ctx):
@@ -62,7 +76,6 @@ def test_the_stage_asks_its_source_and_a_rerun_changes_nothing(make_ctx):
     rows = ctx.lake.read("distill_examples", order_by=["example_id"]).to_pylist()
     assert result.rows_out == len(rows) == 12
     assert {asked[r["request_id"]]["split"] for r in rows} == {"rerank"}
-    assert all(asked[r["request_id"]]["target_rank"] for r in rows)
     assert {r["source_model"] for r in rows} == {ctx.model("rl", "rl").id}
     assert result.detail["did_not_parse"] == sum(r["source_mode"] == "score" for r in rows)
     closing = load_template().closing["direct"]

@@ -16,11 +16,11 @@ TEMPLATE = LINES
 @pytest.mark.parametrize("template", [LINES, LISTS], ids=["lines", "lists"])
 def test_answers_follow_the_thought_and_name_every_label_once(template):
     for seed in range(200):
-        view, thought, order = drill(ITEMS, template, str(seed), history=4, most=8)
+        view, thought, order = drill(ITEMS, template, str(seed), history=4, most=8, ordered=1 + seed % COMPARED)
         parsed = parse(format_thought(thought) + format_answer(order), view.labels, "think")
         assert parsed.order == order
         cited = [word[1] for word in thought.split() if word.startswith("@")]
-        assert cited == list(order[:COMPARED]), "the thought compares the leader and the first of the others"
+        assert cited == list(order[:COMPARED]), "the thought compares the first of its order"
         assert FEWEST <= len(view.candidates) <= 8
         assert len(view.history) <= 4
 
@@ -33,6 +33,21 @@ def test_who_leads_in_what_the_thought_needs_stands_first_and_the_others_stay():
         led = {label for label in view.labels if {"like_best", "next_best"} & said[label].keys()}
         assert order[0] in led or not any(said.values()), "who leads in what is needed stands first"
         assert list(order[1:]) == [label for label in view.labels if label != order[0]], "the others keep the incoming order"
+
+
+def test_so_many_as_are_ordered_stand_first_by_what_is_needed():
+    one = LISTS.model_copy(update={"evidence": {"next": LISTS.evidence["next"]}})
+    told = 0
+    for seed in range(100):
+        view, _, order = drill(ITEMS, one, str(seed), ordered=2)
+        values = [candidate.features.get("pair_next", 0.0) for candidate in view.candidates]
+        best = sorted(range(len(values)), key=lambda place: -values[place])  # type: ignore[operator]
+        if values[best[1]]:
+            assert [view.labels.index(label) for label in order[:2]] == best[:2], "as the list in the prompt has them"
+            rest = [label for label in view.labels if label not in order[:2]]
+            assert list(order[2:]) == rest, "the others keep the incoming order"
+            told += 1
+    assert told > 50
 
 
 def test_a_thought_claims_only_what_its_lines_show():

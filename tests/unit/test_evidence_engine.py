@@ -100,6 +100,20 @@ def test_every_sample_parses_and_cites_only_what_is_shown(program: Program) -> N
     assert len(texts) > 60
 
 
+def test_it_puts_as_many_in_order_as_it_is_told_and_leaves_the_others(program: Program) -> None:
+    raw, *_ = lists(20, seed=5)
+    for number, raw_NC in enumerate(raw):
+        view = view_of(raw_NC, f"o{number}")
+        by_score = [view.labels[n] for n in np.argsort(-program.scores(raw_NC, fold_of("u"))[0], kind="stable")]
+        for ordered in (1, 3):
+            engine = EvidenceEngine(program, load_template(), ordered=ordered)
+            parsed = parse(engine.generate([ask(view, temperature=0.0)])[0].text, view.labels, "think")
+            assert parsed.order is not None
+            assert list(parsed.order[:ordered]) == by_score[:ordered]
+            assert list(parsed.order[ordered:]) == [label for label in view.labels if label not in by_score[:ordered]]
+            assert [word[1:] for word in parsed.thought.split() if word.startswith("@")] == list(parsed.order[:3])
+
+
 def test_a_users_own_lists_teach_nothing_that_ranks_them(program: Program) -> None:
     raw, there, grades, folds = lists(600)
     poisoned = grades.copy()
