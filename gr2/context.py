@@ -1,6 +1,8 @@
 """What a stage is given beside its configuration (`Context`), and what it gives back (`Result`)."""
 
+import contextlib
 import datetime as dt
+import fcntl
 import importlib
 import json
 import os
@@ -134,6 +136,25 @@ class Context:
     def runs(self) -> Path:
         """Folder of the draft release and the stages' records. A night has its own: what a build has under way is not its."""
         return self.root / "runs" / (f"night-{self.date}" if self.date else "")
+
+    @contextlib.contextmanager
+    def sole_writer(self) -> Iterator[None]:
+        """Holds the root's writer lock where the lake lies on S3; elsewhere two drivers may write at once.
+
+        Delta's Spark writers tell commits apart by an atomic create or rename. On S3 they do so within one driver only (Delta,
+        S3SingleDriverLogStore): of two drivers' commits of one version, one would be lost.
+        """
+        if not self.place.startswith(("s3://", "s3a://")):
+            yield
+            return
+        self.root.mkdir(parents=True, exist_ok=True)
+        with (self.root / "writer.lock").open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self.log(f"another stage writes to {self.place}: waiting for it, since S3 takes one writer at a time")
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield  # closing the file, or dying, lets go
 
     # -- telling --------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """The stages in order, by name. A stage's module is loaded when it runs; only the CLI runs stages."""
 
 import ast
+import contextlib
 import hashlib
 import importlib
 import json
@@ -253,7 +254,8 @@ def processes(stage: Stage, cfg: Config) -> int:
 def execute(stage: Stage, cfg: Config, ctx: Context, print_: str) -> Result:
     """Runs a stage in this process and writes its record (the first process, where torchrun started several). GR2Errors pass through."""
     started = time.monotonic()
-    with lineage.told(stage.name, ctx, stage.reads, stage.writes):
+    alone = ctx.sole_writer() if stage.writes or stage.name == "maintenance" else contextlib.nullcontext()
+    with alone, lineage.told(stage.name, ctx, stage.reads, stage.writes):
         result: Result = importlib.import_module(stage.module).run(cfg, ctx)
     if os.environ.get("RANK", "0") != "0":
         return result

@@ -23,6 +23,8 @@ LOGGING = PROJECT / "conf" / "log4j2.properties"
 # one session fill: then the JVM compiles nothing more and interprets.
 JVM = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC -XX:ReservedCodeCacheSize=256m"
 
+JOINED = {"spark.driver.extraClassPath": ":", "spark.jars": ","}  # a profile adds to these; anything else it replaces
+
 
 def get_session(cfg: Config, root: Path) -> SparkSession:
     """The session of this process, started if there is none. Raises EnvironmentProblem if the Delta jars are not there.
@@ -53,8 +55,9 @@ def get_session(cfg: Config, root: Path) -> SparkSession:
         "spark.sql.codegen.cache.maxEntries": "2000",  # of 100, twenty stages in one session throw out each other's compiled code
         "spark.driver.extraJavaOptions": f"{JVM} -Dlog4j2.configurationFile={LOGGING.as_uri()}",
         **_places(cfg.spark.master),
-        **cfg.spark.extra,
     }
+    for key, value in cfg.spark.extra.items():
+        settings[key] = f"{settings[key]}{JOINED[key]}{value}" if key in JOINED and key in settings else value
     builder = SparkSession.builder.master(cfg.spark.master).appName("gr2")
     for key, value in settings.items():
         builder = builder.config(key, value)

@@ -1,6 +1,7 @@
 """The table of stages agrees with the contracts, and a stage is up to date exactly when nothing that decides it changed."""
 
 import json
+import threading
 
 import pytest
 
@@ -83,3 +84,26 @@ def test_processes_are_the_most_that_a_training_names():
 def run(cfg: Config, ctx: Context) -> Result:
     """This module stands in for a stage of its own."""
     return Result(rows_in=3)
+
+
+def test_stages_take_turns_on_s3_and_only_there(tmp_path):
+    def entering(ctx: Context, waiting: threading.Event, inside: threading.Event) -> threading.Thread:
+        ctx.log = lambda message: waiting.set()  # type: ignore[method-assign]
+
+        def enter() -> None:
+            with ctx.sole_writer():
+                inside.set()
+
+        thread = threading.Thread(target=enter)
+        thread.start()
+        return thread
+
+    for place, turns in (("s3a://lake/gr2", True), ("abfss://lake@account/gr2", False), ("", False)):
+        first, second = (Context(load("demo", [f"paths.root={tmp_path}", f"paths.lake='{place}'"])) for _ in range(2))
+        waiting, inside = threading.Event(), threading.Event()
+        with first.sole_writer():
+            thread = entering(second, waiting, inside)
+            assert (waiting if turns else inside).wait(10)
+            assert inside.is_set() != turns
+        assert inside.wait(10), "whoever waited goes on"
+        thread.join(10)
