@@ -1,5 +1,7 @@
 """What benchmarks share: stages of a profile in a process of their own, and how a figure with its interval is written."""
 
+import os
+import platform
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -22,3 +24,11 @@ def told(values: Sequence[float] | np.ndarray, signed: bool = False) -> str:
     """Mean with its 95 % bootstrap interval."""
     form = "{:+.4f} [{:+.4f}, {:+.4f}]" if signed else "{:.4f} [{:.4f}, {:.4f}]"
     return form.format(*bootstrap_mean(np.asarray(values), DRAWS, SEED))
+
+
+def header(name: str) -> str:
+    """What was run, where, on which commit: the first line of every table."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    chip = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"\n{name}: commit {commit or 'unknown'}, {os.cpu_count()} cores of {chip}\n"

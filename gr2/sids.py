@@ -9,6 +9,7 @@ Shapes: N items, L levels, B nodes (beams), K codes of a level.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,6 +95,34 @@ class Trie:
     def levels(self) -> int:
         """L: the depth of the leaves."""
         return len(self.tokens)
+
+    @cached_property
+    def largest_code(self) -> int:
+        """The largest code of any level."""
+        return max(int(codes.max()) for codes in self.tokens)
+
+    @cached_property
+    def leaf_of(self) -> Ints:
+        """(N,) the leaf of each row of the array that the trie was built from."""
+        leaf_N = np.empty(len(self.items), dtype=np.int64)
+        leaf_N[self.items] = np.arange(len(self.items))
+        return leaf_N
+
+    @cached_property
+    def above(self) -> tuple[Ints, ...]:
+        """For depth 1..L: (N,) the node of that depth above each leaf."""
+        node_N = np.arange(len(self.items))
+        found = [node_N]
+        for depth in range(self.levels - 1, 0, -1):
+            parents = np.repeat(np.arange(len(self.starts[depth]) - 1), np.diff(self.starts[depth]))
+            node_N = parents[node_N]
+            found.insert(0, node_N)
+        return tuple(found)
+
+    @cached_property
+    def below(self) -> tuple[Ints, ...]:
+        """For depth 1..L: how many leaves lie below each node."""
+        return tuple(np.bincount(node_N) for node_N in self.above)
 
     def children(self, depth: int, nodes_B: NDArray[np.integer]) -> tuple[Ints, Ints, Ints]:
         """All children of nodes at a depth, flat: `(rows, codes, children)`, in order of `nodes_B`, then of code.

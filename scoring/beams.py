@@ -89,7 +89,7 @@ def beam_search(
     Exact where `width` is at least the number of living nodes of every level; else the usual beam approximation. Raises ModelError for an
     empty prompt, a trie that the vocabulary does not cover, a prompt without an item left, log-probabilities that are not numbers.
     """
-    if trie.levels != len(sid_ids_LK) or max(int(codes.max()) for codes in trie.tokens) >= sid_ids_LK.shape[1]:
+    if trie.levels != len(sid_ids_LK) or trie.largest_code >= sid_ids_LK.shape[1]:
         raise ModelError(f"the vocabulary has {sid_ids_LK.shape} SID tokens, the trie needs {trie.levels} levels and more codes")
     if not all(len(prompt) for prompt in prompts):
         raise ModelError("a prompt is empty: give at least its first token")
@@ -97,10 +97,9 @@ def beam_search(
     logprobs_BW = np.full((len(prompts), width), -np.inf, dtype=np.float32)
     states_BD = torch.zeros(len(prompts), model.config.hidden_size)
     model.eval()
-    leaves = _Leaves(trie)
     for places in by_length(prompts, batch):
-        dead = leaves.closed([exclude[i] for i in places] if exclude is not None else [[]] * len(places))
-        mass = leaves.masses(mixture, places) if mixture else None
+        dead = _closed(trie, [exclude[i] for i in places] if exclude is not None else [[]] * len(places))
+        mass = _masses(trie, mixture, places) if mixture else None
         with torch.inference_mode(), autocast(model, bf16):
             found = _search(model, sid_ids_LK, trie, [prompts[i] for i in places], width, dead, pad, mass)
         kept = found.items_BW.shape[1]
@@ -134,42 +133,28 @@ def _mixed(logps: torch.Tensor, mass: torch.Tensor, share: float) -> torch.Tenso
     return torch.logaddexp(logps + math.log1p(-share), mass.to(logps).log() + math.log(share))
 
 
-class _Leaves:
-    """Knows the nodes above each item: which of them hold only excluded items, and what probability the items below them have."""
+def _closed(trie: Trie, exclude: Sequence[Sequence[int]]) -> list[tuple[Ints, Ints]]:
+    """For depth 1..L: `(prompt, node)` pairs that no beam may enter, since only excluded items lie below."""
+    counts = [len(set(rows)) for rows in exclude]
+    prompt_X = np.repeat(np.arange(len(exclude)), counts)
+    leaf_X = trie.leaf_of[np.array([row for rows in exclude for row in sorted(set(rows))], dtype=np.int64)]
+    closed = []
+    for node_N, sizes in zip(trie.above, trie.below, strict=True):
+        keys, hits = np.unique(prompt_X * len(sizes) + node_N[leaf_X], return_counts=True)
+        full = hits == sizes[keys % len(sizes)]
+        closed.append((keys[full] // len(sizes), keys[full] % len(sizes)))
+    return closed
 
-    def __init__(self, trie: Trie) -> None:
-        self.trie = trie
-        self.leaf_of = np.empty(len(trie.items), dtype=np.int64)
-        self.leaf_of[trie.items] = np.arange(len(trie.items))
-        node_N = np.arange(len(trie.items))
-        self.nodes_DN, self.sizes_D = [node_N], [np.ones(len(trie.items), dtype=np.int64)]  # from the leaves up
-        for depth in range(trie.levels - 1, 0, -1):
-            parents = np.repeat(np.arange(len(trie.starts[depth]) - 1), np.diff(trie.starts[depth]))
-            node_N = parents[node_N]
-            self.nodes_DN.insert(0, node_N)
-            self.sizes_D.insert(0, np.bincount(node_N))
 
-    def closed(self, exclude: Sequence[Sequence[int]]) -> list[tuple[Ints, Ints]]:
-        """For depth 1..L: `(prompt, node)` pairs that no beam may enter."""
-        counts = [len(set(rows)) for rows in exclude]
-        prompt_X = np.repeat(np.arange(len(exclude)), counts)
-        leaf_X = self.leaf_of[np.array([row for rows in exclude for row in sorted(set(rows))], dtype=np.int64)]
-        closed = []
-        for node_N, sizes in zip(self.nodes_DN, self.sizes_D, strict=True):
-            keys, hits = np.unique(prompt_X * len(sizes) + node_N[leaf_X], return_counts=True)
-            full = hits == sizes[keys % len(sizes)]
-            closed.append((keys[full] // len(sizes), keys[full] % len(sizes)))
-        return closed
-
-    def masses(self, mixture: Mixture, places: list[int]) -> list[_Mass]:
-        """For depth 1..L, of some prompts."""
-        entries = mixture.followers_BN[places].tocoo()
-        found = []
-        for node_N, sizes in zip(self.nodes_DN, self.sizes_D, strict=True):
-            keys, place = np.unique(entries.row * len(sizes) + node_N[self.leaf_of[entries.col]], return_inverse=True)
-            sums = np.bincount(place, weights=entries.data, minlength=len(keys)).astype(np.float64)
-            found.append(_Mass(keys.astype(np.int64), sums, mixture.share))
-        return found
+def _masses(trie: Trie, mixture: Mixture, places: list[int]) -> list[_Mass]:
+    """For depth 1..L: the probability that counts give to the items below each node, for some prompts."""
+    entries = mixture.followers_BN[places].tocoo()
+    found = []
+    for node_N, sizes in zip(trie.above, trie.below, strict=True):
+        keys, place = np.unique(entries.row * len(sizes) + node_N[trie.leaf_of[entries.col]], return_inverse=True)
+        sums = np.bincount(place, weights=entries.data, minlength=len(keys)).astype(np.float64)
+        found.append(_Mass(keys.astype(np.int64), sums, mixture.share))
+    return found
 
 
 def _search(

@@ -10,7 +10,7 @@ A rerun is harmless: draws are seeded and the table is replaced whole.
     gr2 stage distill_examples --profile demo
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any
 
@@ -25,7 +25,7 @@ from gr2.prompts import ANSWER_OPEN, END_THINK, View
 from schemas.base import INT, STRING, list_of
 from scoring.engine import Ask, Engine, seed_of
 from scoring.model import load_tokenizer
-from spark_jobs.engine_pool import Spec, engine_for, on_workers, portable
+from spark_jobs.engine_pool import Rows, Spec, answered, engine_for, forget, portable
 from spark_jobs.prompting import render_texts, sample, views
 from spark_jobs.publish import publish
 from spark_jobs.session import read
@@ -49,8 +49,14 @@ def run(cfg: Config, ctx: Context) -> Result:
         parts.append(asks(cfg, tokenizer, chunk))
     asked = pa.concat_tables(parts)
     ctx.log(f"distill_examples: {asked.num_rows} prompts of {len(chosen)} requests for {source.id}")
-    job = answering(portable(cfg, ctx), source.id, str(source.path))
-    rows = publish(ctx, "distill_examples", on_workers(ctx, asked, job, schemas.get("distill_examples").arrow()))
+    spec, remote = Spec("vllm", f"vllm:{source.id}", str(source.path)), portable(cfg, ctx)
+
+    def job(_: Rows) -> Callable[[Rows], Rows]:
+        return lambda chunk: imitated(engine_for(spec, remote), chunk, remote, source.id)
+
+    made = answered(ctx, "distill_examples", asked, job, schemas.get("distill_examples").arrow(), f"{source.id} {cfg.digest('distill')}")
+    rows = publish(ctx, "distill_examples", made)
+    forget(ctx, "distill_examples")
     scored = read(ctx, "distill_examples").where("source_mode = 'score'").count()
     return Result(rows_in=asked.num_rows, rows_out=rows, detail={"source": source.id, "did_not_parse": scored})
 
@@ -73,19 +79,6 @@ def asks(cfg: Config, tokenizer: Any, chunk: Sequence[tuple[dict[str, Any], View
             }
         )
     return pa.Table.from_pylist(rows, schema=ASKED)
-
-
-def answering(cfg: Config, name: str, path: str) -> Callable[[list[dict[str, Any]]], Iterator[pa.RecordBatch]]:
-    """Runs in a Python worker, with its one engine."""
-
-    def answer(rows: list[dict[str, Any]]) -> Iterator[pa.RecordBatch]:
-        engine = engine_for(Spec("vllm", f"vllm:{name}", path), cfg)
-        rows = sorted(rows, key=lambda row: row["example_id"])
-        for start in range(0, len(rows), cfg.scoring.chunk):
-            made = imitated(engine, rows[start : start + cfg.scoring.chunk], cfg, name)
-            yield pa.RecordBatch.from_pylist(made, schema=schemas.get("distill_examples").arrow())
-
-    return answer
 
 
 def imitated(engine: Engine, rows: Sequence[dict[str, Any]], cfg: Config, name: str) -> list[dict[str, Any]]:

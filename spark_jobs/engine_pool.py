@@ -1,19 +1,30 @@
 """Engines inside Spark's Python workers: one a worker, opened once, kept between partitions and jobs. Not a stage.
 
-    frame = on_workers(ctx, keys, job, schema)        # job(rows) yields record batches; in it: `engine = engine_for(spec)`
+    frame = answered(ctx, "rerank_scores", asked, job, schema)        # in the job: `engine = engine_for(spec, cfg)`
+    publish(ctx, ..., frame)
+    forget(ctx, "rerank_scores")
 
 An engine job takes a worker's whole machine: `scoring.workers` partitions, by default one, and all chunks in one job (an idle Python worker
 is ended after a minute). A spec holds no secret and no open thing, so it travels to a worker as it is.
 """
 
 import contextlib
+import hashlib
+import itertools
+import json
+import os
 import re
+import shutil
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 from py4j.protocol import Py4JError
+from pyspark import TaskContext
 from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame
 from pyspark.sql.pandas.types import from_arrow_schema
@@ -27,6 +38,9 @@ from scoring.engine import Engine
 from scoring.evidence_engine import EvidenceEngine, Program
 from spark_jobs.session import frame_of
 
+Rows = list[dict[str, Any]]
+Job = Callable[[Rows], Callable[[Rows], Rows]]
+PATH, WORKER = "chunk_path", "chunk_worker"
 _OPEN: dict[str, Engine] = {}  # of this process
 
 
@@ -77,23 +91,69 @@ def _vllm(spec: Spec, cfg: Config) -> Engine:
     return VLLMEngine(spec.path, cfg.scoring, spec.name)
 
 
-def on_workers(
-    ctx: Context, keys: pa.Table, job: Callable[[list[dict[str, Any]]], Iterator[pa.RecordBatch]], schema: pa.Schema
-) -> DataFrame:
-    """Rows of `keys`, cut among `scoring.workers` partitions, each given whole to `job` in a Spark Python worker.
+def answered(ctx: Context, name: str, asked: pa.Table, job: Job, schema: pa.Schema, salt: str = "") -> DataFrame:
+    """What `job` makes of the rows of `asked`: `scoring.chunk` rows at a time, each chunk kept as soon as it is answered.
 
-    The job runs when the frame is read, once for each time: publish it, do not count it first.
+    `job(all rows of a worker)` gives the function that answers one chunk of them. A chunk becomes `work/<name>/<hash>.parquet` by one
+    rename; the hash is that of its rows and of `salt` (what else decides the answers). So after a kill at most the chunk that each worker
+    was at is asked again, two attempts at one task write the same files, and what is published holds every row once. Call `forget` when
+    it is. Raises GR2Errors of workers as themselves.
     """
+    folder = ctx.work(name)
+    size = ctx.cfg.scoring.chunk
+    chunks = [asked.slice(start, size) for start in range(0, asked.num_rows, size)]
+    paths = [folder / f"{_content(chunk, salt)}.parquet" for chunk in chunks]
+    open_ = [place for place, path in enumerate(paths) if not path.exists()]
+    if len(open_) < len(chunks):
+        ctx.log(f"{name}: {len(chunks) - len(open_)} of {len(chunks)} chunks were answered by a run that did not end")
+    if open_:
+        workers = min(ctx.cfg.scoring.workers, len(open_))
+        marked = [
+            chunks[place]
+            .append_column(PATH, pa.array([str(paths[place])] * chunks[place].num_rows))
+            .append_column(WORKER, pa.array([turn % workers] * chunks[place].num_rows, pa.int32()))
+            for turn, place in enumerate(open_)
+        ]
+        frame = frame_of(ctx, pa.concat_tables(marked)).repartitionById(workers, WORKER)
+        with worker_errors():
+            frame.mapInArrow(_keeping(job, schema), f"{PATH} string").collect()
+    return ctx.spark.read.schema(from_arrow_schema(schema)).parquet(*map(str, paths)) if paths else frame_of(ctx, schema.empty_table())
+
+
+def forget(ctx: Context, name: str) -> None:
+    """Removes the chunks of a job whose rows are published."""
+    shutil.rmtree(ctx.work(name), ignore_errors=True)
+
+
+def _content(chunk: pa.Table, salt: str) -> str:
+    return hashlib.sha256(json.dumps([salt, chunk.to_pylist()], sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _keeping(job: Job, schema: pa.Schema) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+    """Runs in a Python worker: its chunks one after the other, in the order in which they were asked."""
 
     def run(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         rows = [row for batch in batches for row in batch.to_pylist()]
-        if rows:
-            yield from job(rows)
+        if not rows:
+            return
+        _take_gpus()
+        answer = job(rows)
+        for path, chunk in itertools.groupby(rows, key=lambda row: row[PATH]):
+            if not Path(path).exists():  # an earlier attempt at this task may have got so far
+                table = pa.Table.from_pylist(answer(list(chunk)), schema=schema)
+                draft = Path(path).with_name(f".{Path(path).name}-{uuid.uuid4().hex[:8]}")
+                pq.write_table(table, draft)
+                draft.replace(path)
+            yield pa.RecordBatch.from_pydict({PATH: [path]})
 
-    frame = frame_of(ctx, keys)
-    workers = ctx.cfg.scoring.workers
-    frame = frame.coalesce(1) if workers == 1 else frame.repartition(workers)
-    return frame.mapInArrow(run, from_arrow_schema(schema))
+    return run
+
+
+def _take_gpus() -> None:
+    """Shows this process only the GPUs that Spark gave its task: two tasks of a machine share none."""
+    context = TaskContext.get()
+    if context and (gpus := context.resources().get("gpu")):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus.addresses)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ once. A request whose list lacks the target keeps one sample.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,7 +32,7 @@ from gr2.prompts import Template, View, prompt_hash, render
 from scoring.engine import Answer, Ask, Engine, seed_of
 from scoring.evidence_engine import NAME, columns_of, fit, fold_of
 from scoring.model import encode_all, load_tokenizer, prompt_text
-from spark_jobs.engine_pool import Spec, engine_for, on_workers, portable, worker_errors
+from spark_jobs.engine_pool import Rows, Spec, answered, engine_for, forget, portable
 from spark_jobs.prompting import Requests, sample, template_of
 from spark_jobs.publish import publish
 from validation.leaks import leak_of
@@ -51,13 +51,14 @@ def run(cfg: Config, ctx: Context) -> Result:
     remote = portable(cfg, ctx)
     tokenizer = str(ctx.model("midtrain", "midtrain").path)
 
-    def job(rows: list[dict[str, Any]]) -> Iterator[pa.RecordBatch]:
-        sampler = Sampler(remote, engine_for(spec, remote), spec.name, load_tokenizer(tokenizer))
-        for chunk in sampler.chunks(Context(remote), [row["request_id"] for row in rows]):
-            yield from pa.Table.from_pylist(chunk, schema=SCHEMA).to_batches()
+    def job(rows: Rows) -> Callable[[Rows], Rows]:
+        requests = Requests(Context(remote), remote, "rerank", [row["request_id"] for row in rows])
+        sampler = Sampler(remote, engine_for(spec, remote), spec.name, load_tokenizer(tokenizer), requests)
+        return lambda chunk: sampler.samples([row["request_id"] for row in chunk])
 
-    with worker_errors():
-        added = publish(ctx, "reasoning_traces", on_workers(ctx, keys, job, SCHEMA))
+    salt = f"{spec.name} {cfg.digest('traces', 'prompt')} {ctx.lake.content_version('candidates')}"
+    added = publish(ctx, "reasoning_traces", answered(ctx, "reasoning_traces", keys, job, SCHEMA, salt))
+    forget(ctx, "reasoning_traces")
     drawn = ctx.lake.read("reasoning_traces", order_by=["sample_id"], teacher=spec.name)
     listed = ctx.lake.read("candidates", ["request_id", "candidate_ids"], order_by=["request_id"], split="rerank")
     sizes = dict(zip(listed["request_id"].to_pylist(), map(len, listed["candidate_ids"].to_pylist()), strict=True))
@@ -151,31 +152,30 @@ class Case:
 class Sampler:
     """Asks a teacher in rounds of attempts and judges what comes back. Deterministic but for the engine and the clock."""
 
-    def __init__(self, cfg: Config, engine: Engine, teacher: str, tokenizer: Any) -> None:
-        self.cfg, self.engine, self.teacher = cfg, engine, teacher
+    def __init__(self, cfg: Config, engine: Engine, teacher: str, tokenizer: Any, requests: Requests) -> None:
+        self.cfg, self.engine, self.teacher, self.requests = cfg, engine, teacher, requests
+        self.place_of = {request: place for place, request in enumerate(requests.ids)}
         self.template = template_of(cfg.prompt, cfg.traces.template)
         self.tokenizer = tokenizer  # the student's: counts the tokens of a program's texts
         self.own = getattr(engine, "tokenizer", None) or tokenizer  # the teacher's: applies its chat template
 
-    def chunks(self, ctx: Context, request_ids: list[str]) -> Iterator[list[dict[str, Any]]]:
-        """Rows of `reasoning_traces`, `scoring.chunk` requests at a time."""
-        requests = Requests(ctx, self.cfg, "rerank", request_ids)
-        for start in range(0, len(requests), self.cfg.scoring.chunk):
-            cases = []
-            for place in range(start, min(start + self.cfg.scoring.chunk, len(requests))):
-                row = requests.rows_of(place)
-                cases.append(Case(place, row, most_relevant(row["candidate_ids"], row["grades"])))
-            rows: list[dict[str, Any]] = []
-            if self.cfg.traces.mode != "targeted":
-                for attempt in range(1, self.cfg.traces.max_attempts + 1):
-                    rows += self._round(requests, [c for c in cases if not c.closed], attempt, "rejection")
-            if self.cfg.traces.mode != "rejection":
-                rows += self._round(requests, [c for c in cases if c.target], 1, "targeted")
-            yield rows
+    def samples(self, request_ids: list[str]) -> list[dict[str, Any]]:
+        """Rows of `reasoning_traces` of some of the requests."""
+        cases = []
+        for place in map(self.place_of.__getitem__, request_ids):
+            row = self.requests.rows_of(place)
+            cases.append(Case(place, row, most_relevant(row["candidate_ids"], row["grades"])))
+        rows: list[dict[str, Any]] = []
+        if self.cfg.traces.mode != "targeted":
+            for attempt in range(1, self.cfg.traces.max_attempts + 1):
+                rows += self._round([c for c in cases if not c.closed], attempt, "rejection")
+        if self.cfg.traces.mode != "rejection":
+            rows += self._round([c for c in cases if c.target], 1, "targeted")
+        return rows
 
-    def _round(self, requests: Requests, cases: list[Case], attempt: int, mode: SamplingMode) -> list[dict[str, Any]]:
+    def _round(self, cases: list[Case], attempt: int, mode: SamplingMode) -> list[dict[str, Any]]:
         """One attempt at each open request."""
-        shown = [requests.view(case.place, case.row, attempt) for case in cases]
+        shown = [self.requests.view(case.place, case.row, attempt) for case in cases]
         asks = [self._ask(case, view, attempt, mode) for case, view in zip(cases, shown, strict=True)]
         answers = self.engine.generate(asks) if asks else []
         rows = [

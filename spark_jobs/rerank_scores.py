@@ -5,8 +5,8 @@ Writes: `rerank_scores` (one request, model, mode and replica; key of these four
 Scored are, without --date, the requests of scoring.splits with something relevant in the list, a seeded sample of the others
 (scoring.miss_sample: no order of them can score), and a seeded sample in further replicas for the position audit; with --date the night's
 lists, by the released versions of scoring.live. Unless release.gate is off, scoring.live also answers for a sample of validation lists.
-A rerun is harmless: what the table holds is not asked again; decoding is greedy. What was generated is written once, then parsed,
-audited, published. A request that cannot be read or answered is a row with the failure's name.
+A rerun is harmless: what the table holds is not asked again; decoding is greedy. Answers are kept chunk by chunk, then parsed, audited,
+published: a run that was killed goes on where it stopped. A request that cannot be read or answered is a row with the failure's name.
 
 Modes: think and direct generate; score orders by the labels' log-probabilities at the first answer position, less the label's prior
 (its mean over all scored requests of the model: what the label's name alone is worth).
@@ -16,7 +16,6 @@ Modes: think and direct generate; score orders by the labels' log-probabilities 
 
 import hashlib
 import itertools
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -24,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pyspark.sql.pandas.types import from_arrow_schema
 
 import schemas
@@ -39,7 +37,7 @@ from schemas.base import DOUBLE, FLOAT, INT, STRING, list_of
 from schemas.candidates import EXPERIMENT
 from scoring.engine import Ask, seed_of
 from scoring.model import encode_all, load_tokenizer
-from spark_jobs.engine_pool import Spec, engine_for, on_workers, portable, worker_errors
+from spark_jobs.engine_pool import Rows, Spec, answered, engine_for, forget, portable
 from spark_jobs.prompting import render_texts, sample, template_of, views
 from spark_jobs.publish import publish
 
@@ -75,25 +73,19 @@ def run(cfg: Config, ctx: Context) -> Result:
         if ctx.lake.exists("rerank_scores"):
             ctx.pin("tables", "rerank_scores", ctx.lake.version("rerank_scores"))
         return Result(detail={"models": [m.id for m in models]})
-    raw = ctx.work("rerank_scores") / "answered"
-    shutil.rmtree(raw, ignore_errors=True)
-    # One job over all that is asked, written once: a lazy plan that is read twice would generate twice.
-    frame = on_workers(ctx, asked, _answering(portable(cfg, ctx)), pa.schema([*ASKED, *ANSWERED]))
-    with worker_errors():
-        frame.write.parquet(str(raw))
-    values = pq.read_table(raw, columns=["model_id", "mode", "labels", "logprobs", "prompt_tokens", "completion_tokens"])
+    frame = answered(ctx, "rerank_scores", asked, _answering(portable(cfg, ctx)), pa.schema([*ASKED, *ANSWERED]))
+    values = frame.select("model_id", "mode", "labels", "logprobs", "prompt_tokens", "completion_tokens").toArrow()
     if values.num_rows != asked.num_rows:
         raise EngineError(
             f"the engine job gave {values.num_rows} of {asked.num_rows} answers, nothing was published: see the worker's log above"
         )
     prior = label_priors(ctx, values.select(["model_id", "mode", "labels", "logprobs"]))
-    answered = ctx.spark.read.parquet(str(raw))
     contract = schemas.get("rerank_scores")
-    added = publish(ctx, "rerank_scores", answered.mapInArrow(_judged(prior), from_arrow_schema(contract.arrow())))
+    added = publish(ctx, "rerank_scores", frame.mapInArrow(_judged(prior), from_arrow_schema(contract.arrow())))
+    forget(ctx, "rerank_scores")
     statuses = _statuses(ctx, models)
     ctx.log(f"rerank_scores: {statuses}")
     tokens = sum(sum(values[c].to_pylist()) for c in ("prompt_tokens", "completion_tokens"))
-    shutil.rmtree(raw, ignore_errors=True)
     return Result(rows_in=asked.num_rows, rows_out=added, tokens=tokens, detail={"models": [m.id for m in models], "statuses": statuses})
 
 
@@ -148,7 +140,8 @@ def asks(cfg: Config, ctx: Context, models: list[Artifact]) -> pa.Table:
                     texts = renderers[model.name](part, mode)
                     rows = [_ask(cfg, model, mode, row, view, text) for (row, view), text in zip(part, texts, strict=True)]
                     parts.append(pa.Table.from_pylist([r for r in rows if tuple(r[k] for k in KEY) not in known], schema=ASKED))
-    return pa.concat_tables(parts)
+    found = pa.concat_tables(parts)
+    return found.sort_by([(name, "ascending") for name in ("model", "mode", "request_id", "replica")])  # a worker becomes each model once
 
 
 Shown = tuple[dict[str, Any], View]
@@ -258,21 +251,18 @@ def _known(ctx: Context, models: list[Artifact], nights: list[str]) -> set[tuple
 # -- the engine job ---------------------------------------------------------------------------------------------------
 
 
-def _answering(cfg: Config) -> Callable[[list[dict[str, Any]]], Iterator[pa.RecordBatch]]:
-    """Runs in a Python worker: one model after the other, each mode in chunks, through the worker's one engine."""
+def _answering(cfg: Config) -> Callable[[Rows], Callable[[Rows], Rows]]:
+    """Runs in a Python worker: chunks through its one engine, which becomes one model after the other."""
 
-    def answer(rows: list[dict[str, Any]]) -> Iterator[pa.RecordBatch]:
-        rows = sorted(rows, key=lambda r: (r["model"], r["mode"], r["request_id"], r["replica"]))
+    def answer(rows: Rows) -> Rows:
+        made = []
         for (name, path, mode), same in itertools.groupby(rows, key=lambda r: (r["model_id"], r["path"], r["mode"])):
-            engine = engine_for(Spec("vllm", f"vllm:{name}", path), cfg)
-            members = list(same)
-            for start in range(0, len(members), cfg.scoring.chunk):
-                part = members[start : start + cfg.scoring.chunk]
-                made = _scores(engine, part) if mode == "score" else _texts(engine, part)
-                joined = [{**row, **answer} for row, answer in zip(part, made, strict=True)]
-                yield pa.RecordBatch.from_pylist(joined, schema=pa.schema([*ASKED, *ANSWERED]))
+            engine, part = engine_for(Spec("vllm", f"vllm:{name}", path), cfg), list(same)
+            answers = _scores(engine, part) if mode == "score" else _texts(engine, part)
+            made += [{**row, **answer} for row, answer in zip(part, answers, strict=True)]
+        return made
 
-    return answer
+    return lambda _: answer
 
 
 def _texts(engine: Any, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,0 +1,61 @@
+"""Answers are kept chunk by chunk: killed anywhere, nothing is lost but the chunks under way, and nothing comes twice."""
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from killed_chunks import CHUNK, ROWS, SCHEMA, asked, context, job_of
+
+from gr2 import PROJECT
+from gr2.errors import EngineError
+from spark_jobs.engine_pool import answered, forget
+
+pytestmark = pytest.mark.spark
+
+
+def begun(root: Path) -> Counter[int]:
+    """How often each chunk was begun."""
+    return Counter(int(line) // CHUNK for line in (root / "begun").read_text().split())
+
+
+@pytest.mark.parametrize("deadly", [1, 5])
+def test_a_killed_job_asks_again_only_what_was_under_way(tmp_path, deadly):
+    words = [sys.executable, str(Path(__file__).with_name("killed_chunks.py")), str(tmp_path), str(deadly)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PROJECT), str(Path(__file__).parent)])}
+    # setsid: the driver leads a group of its own, in which its JVM and workers are
+    done = subprocess.run(words, cwd=PROJECT, env=environment, capture_output=True, text=True, start_new_session=True)
+    assert done.returncode == -9, done.stderr[-2000:]
+    ctx = context(str(tmp_path))
+    before = {path.name: path.stat().st_mtime_ns for path in ctx.work("squares").glob("*.parquet")}
+    assert deadly - 2 <= len(before) < ROWS // CHUNK, "what had been answered is there"
+    frame = answered(ctx, "squares", asked(), job_of(tmp_path / "begun", 0, 0), SCHEMA)
+    assert sorted(map(tuple, frame.collect())) == [(key, key**2) for key in range(ROWS)]
+    assert before.items() <= {path.name: path.stat().st_mtime_ns for path in ctx.work("squares").glob("*.parquet")}.items()
+    assert sum(begun(tmp_path).values()) <= ROWS // CHUNK + 2, "each of two workers repeats one chunk at most"
+    forget(ctx, "squares")
+    assert not list(ctx.work("squares").iterdir())
+
+
+def test_an_error_of_a_worker_comes_as_itself_and_other_questions_are_others(tmp_path):
+    ctx = context(str(tmp_path))
+    (tmp_path / "begun").touch()
+
+    squares, first = job_of(tmp_path / "begun", 0, 0)([]), 2 * CHUNK
+
+    def failing(_):
+        def answer(chunk):
+            if chunk[0]["key"] >= first:
+                raise EngineError("the third chunk cannot be answered")
+            return squares(chunk)
+
+        return answer
+
+    with pytest.raises(EngineError, match="the third chunk cannot be answered"):
+        answered(ctx, "squares", asked(), failing, SCHEMA)
+    answered(ctx, "squares", asked(), job_of(tmp_path / "begun", 0, 0), SCHEMA)
+    assert max(begun(tmp_path).values()) == 1
+    answered(ctx, "squares", asked(), job_of(tmp_path / "begun", 0, 0), SCHEMA, salt="another model")
+    assert set(begun(tmp_path).values()) == {2}
