@@ -41,7 +41,9 @@ from spark_jobs.session import frame_of
 Rows = list[dict[str, Any]]
 Job = Callable[[Rows], Callable[[Rows], Rows]]
 PATH, WORKER = "chunk_path", "chunk_worker"
-_OPEN: dict[str, Engine] = {}  # of this process
+_OPEN: dict[str, Engine] = {}  # of this process, as are the next two
+_STARTED: list[str] = []  # names of the engines that were started
+_PROCESS = uuid.uuid4().hex
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +90,7 @@ def _vllm(spec: Spec, cfg: Config) -> Engine:
                 return engine
             except ModelError:  # of another size or vocabulary
                 engine.close()
+    _STARTED.append(spec.name)
     return VLLMEngine(spec.path, cfg.scoring, spec.name)
 
 
@@ -116,7 +119,9 @@ def answered(ctx: Context, name: str, asked: pa.Table, job: Job, schema: pa.Sche
         ]
         frame = frame_of(ctx, pa.concat_tables(marked)).repartitionById(workers, WORKER)
         with worker_errors():
-            frame.mapInArrow(_keeping(job, schema), f"{PATH} string").collect()
+            told = frame.mapInArrow(_keeping(job, schema), "process string, starts int").collect()
+        starts = sum(dict(sorted(told)).values())  # of each process the last word
+        ctx.log(f"{name}: {len(open_)} chunks answered by {workers} worker{'s' * (workers > 1)}, engines started: {starts}")
     return ctx.spark.read.schema(from_arrow_schema(schema)).parquet(*map(str, paths)) if paths else frame_of(ctx, schema.empty_table())
 
 
@@ -144,7 +149,7 @@ def _keeping(job: Job, schema: pa.Schema) -> Callable[[Iterator[pa.RecordBatch]]
                 draft = Path(path).with_name(f".{Path(path).name}-{uuid.uuid4().hex[:8]}")
                 pq.write_table(table, draft)
                 draft.replace(path)
-            yield pa.RecordBatch.from_pydict({PATH: [path]})
+            yield pa.RecordBatch.from_pydict({"process": [_PROCESS], "starts": pa.array([len(_STARTED)], pa.int32())})
 
     return run
 

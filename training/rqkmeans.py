@@ -1,6 +1,6 @@
 """RQ-KMeans: k-means on the residuals of each level (METHOD 2; the tokenizer of OneRec, arXiv 2502.18965).
 
-Seeded, single-threaded and in a fixed order of rows, so that equal vectors give equal codebooks. The vectors are first turned onto
+Seeded and in a fixed order of rows, so that equal vectors give equal codebooks. The vectors are first turned onto
 `dim` principal axes: with all axes, most of the codes describe noise that few items share.
 """
 
@@ -10,6 +10,7 @@ from gr2.config import Tokenizer
 from training.codebooks import Codebooks, Curve, Floats, codes_in_use, principal_axes, quantise
 
 ITERATIONS = 25
+POINTS = 256  # a code
 
 
 def fit(vectors_NV: Floats, settings: Tokenizer, seed: int, curve: Curve | None = None) -> Codebooks:
@@ -27,27 +28,21 @@ def fit(vectors_NV: Floats, settings: Tokenizer, seed: int, curve: Curve | None 
 
 
 def residual_kmeans(z_ND: Floats, levels: int, codes: int, seed: int) -> Floats:
-    """(L, K, D) centroids: level by level, k-means on what the levels before leave over."""
+    """(L, K, D) centroids: level by level, k-means on what the levels before leave over.
+
+    Of more than POINTS rows a code, a seeded sample is fitted (faiss's own rule). faiss sums each centroid on one thread in the order of
+    rows, so the number of threads changes nothing.
+    """
     import faiss
 
-    threads = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)  # sums in a fixed order
-    try:
-        left_ND = np.array(z_ND, dtype=np.float32, order="C")
-        books = []
-        for level in range(levels):
-            means = faiss.Kmeans(
-                left_ND.shape[1],
-                codes,
-                niter=ITERATIONS,
-                seed=seed + level,
-                min_points_per_centroid=1,
-                max_points_per_centroid=len(left_ND),
-            )
-            means.train(left_ND)
-            book_KD = np.array(means.centroids, dtype=np.float32)
-            left_ND -= book_KD[quantise(left_ND, book_KD[None])[:, 0]]
-            books.append(book_KD)
-        return np.stack(books)
-    finally:
-        faiss.omp_set_num_threads(threads)
+    left_ND = np.array(z_ND, dtype=np.float32, order="C")
+    books = []
+    for level in range(levels):
+        means = faiss.Kmeans(
+            left_ND.shape[1], codes, niter=ITERATIONS, seed=seed + level, min_points_per_centroid=1, max_points_per_centroid=POINTS
+        )
+        means.train(left_ND)
+        book_KD = np.array(means.centroids, dtype=np.float32)
+        left_ND -= book_KD[quantise(left_ND, book_KD[None])[:, 0]]
+        books.append(book_KD)
+    return np.stack(books)

@@ -76,6 +76,8 @@ def test_scores_are_permutations_or_named_failures_and_a_rerun_adds_nothing(make
         rerank_scores.run(ctx.cfg, ctx)
     world(ctx)
     result = rerank_scores.run(ctx.cfg, ctx)
+    log = (ctx.root / "logs" / "gr2.log").read_text()
+    assert "5 chunks answered by 1 worker, engines started: 1" in log, "two models, three modes, one engine"
     rows = ctx.lake.read("rerank_scores", order_by=["model", "mode", "request_id", "replica"]).to_pylist()
     asked = 12 + 4 + 6  # hits, sampled misses, second replicas
     assert result.rows_out == len(rows) == 3 * asked, "opd was never trained: it is left out"

@@ -38,6 +38,17 @@ def test_error_equals_plain_residual_kmeans() -> None:
     assert ours < 0.5 * (x**2).sum()
 
 
+def test_neither_threads_nor_the_rest_of_a_large_catalogue_change_what_is_fitted() -> None:
+    x, threads = blobs(6000, 48, 2), faiss.omp_get_max_threads()
+    made = []
+    for count in (1, 2, 3):
+        faiss.omp_set_num_threads(count)
+        made.append(rqkmeans.residual_kmeans(x, 2, 16, seed=1))  # 6,000 rows for 16 codes: a sample of 4,096 is fitted
+    faiss.omp_set_num_threads(threads)
+    assert np.array_equal(made[0], made[1])
+    assert np.array_equal(made[0], made[2])
+
+
 def test_codes_equal_faiss_residual_quantiser_for_equal_codebooks() -> None:
     x = blobs(400, 8, 1)
     books = rqkmeans.residual_kmeans(x, 3, 16, seed=1)

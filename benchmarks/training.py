@@ -1,0 +1,161 @@
+"""Training: the loop against a bare torch loop, packed rows against padded ones, and how much of the machine's matmul peak it uses.
+
+    GR2_DATA=/path/to/amazon2014_beauty python -m benchmarks.training        # about ten minutes on two cores
+
+Loop: the same model, packed batches, loss, optimizer, clipping and bf16 autocast, once through `training.loop.Engine` (DeepSpeed, norms
+over ranks, metrics), once as ten lines of torch; they take turns. Packing: one history of Beauty an example (3 tokens an item), packed,
+against batches of as many examples padded to their longest. Utilisation: FLOPs of a step (6 a parameter and token for what tokens are
+multiplied by, 12 * layers * hidden * row for attention, over all of a row, as PaLM counts, arXiv 2204.02311 appendix B) against a bf16
+matmul of 4,096 x 4,096, in the same process.
+"""
+
+import argparse
+import csv
+import gzip
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.stages import header
+from gr2.config import Model, Training, load
+from gr2.sids import sid_tokens
+from scoring.model import autocast, build_model, build_vocabulary
+from training.data import Batch, Example, Rows, batches, pack, to_batch
+from training.fitting import supervised
+from training.loop import BETAS, Engine, _groups, learned_states
+
+SEED, CODES, LEVELS = 13, 1024, 3
+COLUMNS = ("input_ids", "position_ids", "segment_ids", "weights")
+Step = Callable[[Batch], Any]
+
+
+def histories(tokenizer: Any, most: int) -> list[Example]:
+    """Beauty's users, each as one example of as many random SIDs as the user has items: lengths are real, codes do not matter."""
+    data = load("beauty").data.path
+    if data is None:
+        raise SystemExit("say where Beauty is: GR2_DATA=/path/to/amazon2014_beauty")
+    with gzip.open(data / "interactions.csv.gz", "rt") as file:
+        users: dict[str, int] = {}
+        for row in csv.DictReader(file):
+            users[row["user_id"]] = users.get(row["user_id"], 0) + 1
+    draw, low = np.random.default_rng(SEED), len(tokenizer) - CODES * LEVELS
+    return [Example([0], [(draw.integers(low, len(tokenizer), LEVELS * min(count, most)).tolist(), 1.0)]) for count in users.values()]
+
+
+def padded(examples: list[Example], rows: int) -> Iterator[Batch]:
+    """Batches of `rows` examples, each padded to its longest: rows that hold one example."""
+    order = np.random.default_rng(SEED).permutation(len(examples))
+    for start in range(0, len(order) - rows + 1, rows):
+        part = [examples[i] for i in order[start : start + rows]]
+        width = max(example.tokens for example in part)
+        alone = [pack([example], width, SEED) for example in part]
+        joined = {name: np.concatenate([getattr(rows, name) for rows in alone]) for name in COLUMNS}
+        yield to_batch(Rows(**joined, extra={}), slice(None))
+
+
+def bare(model: Any, settings: Training) -> Step:
+    """Ten lines of torch."""
+    optimizer = torch.optim.AdamW(_groups(model, settings.weight_decay), lr=settings.lr, betas=BETAS, fused=True)
+
+    def step(batch: Batch) -> None:
+        with autocast(model, True):
+            hidden_MD, targets_M = learned_states(model, batch)
+            loss = torch.nn.functional.cross_entropy(model.get_output_embeddings()(hidden_MD).float(), targets_M)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def rate(step: Step, stream: Iterator[Batch], steps: int) -> float:
+    """Useful tokens a second."""
+    chosen = [next(stream) for _ in range(steps)]
+    started = time.perf_counter()
+    for batch in chosen:
+        step(batch)
+    return sum(batch.tokens for batch in chosen) / (time.perf_counter() - started)
+
+
+def turns(first: tuple[Step, Iterator[Batch]], second: tuple[Step, Iterator[Batch]], steps: int, rounds: int) -> tuple[float, float]:
+    """Medians of both rates, taken in turns after a round that does not count."""
+    rates = [[rate(*pair, steps) for pair in (first, second)] for _ in range(rounds + 1)][1:]
+    one, other = np.median(rates, axis=0)
+    return float(one), float(other)
+
+
+def engine_step(model: Any, settings: Training) -> tuple[Step, Engine]:
+    """One step of the project's loop."""
+    engine = Engine(model, settings, 10**6, SEED)
+    return (lambda batch: engine.backward_and_step(supervised, [batch])), engine
+
+
+def flops(model: Any, batch: Batch) -> float:
+    """Of one step: forward and backward."""
+    size, (rows, width) = model.config, batch.input_ids_BT.shape
+    table = model.get_input_embeddings().weight.numel()
+    body = sum(p.numel() for p in model.parameters() if p.ndim > 1) - table * (1 if size.tie_word_embeddings else 2)
+    learned = int(batch.learned_BT.sum())
+    attention = 12 * size.num_hidden_layers * size.hidden_size * width
+    return float((6 * body + attention) * rows * width + 6 * table * learned)
+
+
+def matmul_peak(size: int = 4096) -> float:
+    """FLOPs a second of bf16 matrix products, the best of ten."""
+    one, other = (torch.randn(size, size, dtype=torch.bfloat16) for _ in range(2))
+    seconds = []
+    for _ in range(10):
+        started = time.perf_counter()
+        one @ other
+        seconds.append(time.perf_counter() - started)
+    return 2 * size**3 / min(seconds)
+
+
+def main() -> None:
+    """Prints three tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=20, help="of a turn")
+    parser.add_argument("--rounds", type=int, default=5)
+    chosen = parser.parse_args()
+    print(header("training"))
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = build_vocabulary(["history of items"] * 5, 1536, sid_tokens(LEVELS, CODES), Path(folder))
+    cfg = load("beauty")
+    examples = histories(tokenizer, cfg.data.max_history)
+    settings = cfg.midtrain.student.model_copy(update={"processes": 1, "average": 0.0})
+    stream = iter(batches(pack(examples, 160, SEED, drop_long=True), 3200, SEED))
+    shape = cfg.models.student.model_copy(update={"dropout": 0.0})
+
+    print("| loop (student, packed rows of 160) | tokens/s | of the bare loop |\n| --- | --- | --- |")
+    step, engine = engine_step(build_model(shape, tokenizer, None, SEED), settings)
+    plain = bare(build_model(shape, tokenizer, None, SEED).train(), settings)
+    ours, theirs = turns((step, stream), (plain, stream), chosen.steps, chosen.rounds)
+    print(f"| bare torch | {theirs:,.0f} | |\n| training.loop | {ours:,.0f} | {ours / theirs:.2f} |\n", flush=True)
+
+    print("| histories | useful tokens/s | ratio |\n| --- | --- | --- |")
+    alone = padded(examples * 20, 64)
+    packed, spread = turns((step, stream), (step, alone), chosen.steps, chosen.rounds)
+    print(f"| padded to the longest of 64 | {spread:,.0f} | |\n| packed | {packed:,.0f} | {packed / spread:.2f} |\n", flush=True)
+    engine.close()
+
+    print("| size | tokens/s | TFLOP/s | of the matmul peak |\n| --- | --- | --- | --- |")
+    peak = matmul_peak()
+    wide = Model(hidden=384, layers=6, heads=6, kv_heads=6, mlp=1024, dropout=0.0)
+    for name, size in (("192 x 4", shape), ("384 x 6", wide)):
+        model = build_model(size, tokenizer, None, SEED)
+        step, engine = engine_step(model, settings)
+        tokens = np.median([rate(step, stream, chosen.steps) for _ in range(chosen.rounds + 1)][1:])
+        batch = next(stream)
+        used = flops(model, batch) / batch.tokens * tokens
+        engine.close()
+        print(f"| {name} | {tokens:,.0f} | {used / 1e12:.3f} | {used / peak:.2f} of {peak / 1e12:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
