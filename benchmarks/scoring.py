@@ -3,8 +3,8 @@
     python -m benchmarks.scoring --root var/beauty --profile beauty        # a finished root; about ten minutes on two cores
 
 All ask the model `rl` about the same requests. The stage runs as a user runs it (its own process: Spark, rendering, one engine, parsing,
-audits, Delta), on a copy of the tables that it reads; bare vLLM is one call on ready prompts. Both are given with the start of the engine and
-without. transformers generates greedily in padded batches of 64, sorted by length.
+audits, Delta), on a copy of the tables that it reads; bare vLLM is one call on ready prompts. Both are given with the start of the engine
+and without. transformers generates greedily in padded batches of 64, sorted by length.
 """
 
 import argparse
@@ -107,6 +107,8 @@ def _measure(profile: str, root: Path, there: Path, most: int) -> None:
     model = ctx.model(MODEL, "rl")
     table: list[dict[str, Any]] = asks(cfg, ctx, [model]).to_pylist()[:most]
     prompts, room = [row["prompt"] for row in table], table[0]["max_tokens"]
+    scoring = cfg.model_copy(update={"scoring": cfg.scoring.model_copy(update={"models": {MODEL: ("score",)}})})
+    of_score = asks(scoring, ctx, [model])["prompt"].to_pylist()[:most]
     whole, job, said = of_the_stage(profile, there, settings)
     count = _rows(there)
     started = time.perf_counter()
@@ -118,8 +120,7 @@ def _measure(profile: str, root: Path, there: Path, most: int) -> None:
     engine.generate([Ask(str(i), prompt, room, 0.0, 0) for i, prompt in enumerate(prompts)])
     adapter = time.perf_counter() - again
     again = time.perf_counter()
-    scored = [prompt + "<think></think>" for prompt in prompts]
-    engine.label_logprobs(scored, LABELS[: cfg.candidates.n])
+    engine.label_logprobs(of_score, LABELS[: cfg.candidates.n])
     score = time.perf_counter() - again
     engine.close()
     some = ids[:256]
@@ -131,9 +132,7 @@ def _measure(profile: str, root: Path, there: Path, most: int) -> None:
     print(f"| the stage, its engine's time | {count} | {count / job:.1f} | {count / job / rate:.2f} of bare |")
     bare_whole = len(ids) / (start + generate)
     print(f"| bare with its start ({start:.0f} s) | {len(ids)} | {bare_whole:.1f} | 1 |")
-    print(
-        f"| the stage, whole command ({whole:.0f} s) | {count} | {count / whole:.1f} | {count / whole / bare_whole:.2f} of bare with start |"
-    )
+    print(f"| the stage, whole command ({whole:.0f} s) | {count} | {count / whole:.1f} | {count / whole / bare_whole:.2f} of that |")
     print(f"| transformers | {len(some)} | {len(some) / slow:.1f} | vLLM {rate / (len(some) / slow):.1f} times as fast |")
     print(f"| score | {len(ids)} | {len(ids) / score:.1f} | {generate / score:.1f} times think |")
     print(f"\nThe stage: {said}", flush=True)
