@@ -6,7 +6,7 @@ UV := $(shell command -v uv 2>/dev/null || echo .cache/uv/bin/uv)
 EXTRA := $(shell if [ -e /dev/nvidia0 ]; then echo gpu; else echo cpu; fi)
 RUN := $(UV) run --no-sync
 
-.PHONY: help setup demo run test lint clean
+.PHONY: help setup demo run test lint bench clean
 
 help:  ## Say what there is
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 12
@@ -28,6 +28,13 @@ run: setup  ## A profile: make run PROFILE=beauty
 
 test: setup  ## All tests
 	$(RUN) pytest -q
+
+bench: demo  ## Benchmarks of the engines, at sizes that end within an hour (of the data plane and of ranking: see docs/)
+	$(RUN) python -m benchmarks.training
+	$(RUN) python -m benchmarks.beams
+	$(RUN) python -m benchmarks.tokenizers --items 100000
+	$(RUN) python -m benchmarks.scoring --root var/demo --profile demo
+	$(RUN) python -m benchmarks.data_plane --work var/bench --events 1000000
 
 lint: setup  ## ruff, format and types
 	$(RUN) ruff check .

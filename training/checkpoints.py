@@ -3,8 +3,9 @@
     <home>/step-000200/        engine/ (DeepSpeed's own files), average.safetensors, metrics.jsonl, state.json, manifest.json
     <home>/latest.json         {"folder": ...}, replaced atomically once the folder is complete
 
-A kill while saving leaves the last good checkpoint in its place. DeepSpeed's files are pickled: they are the one exception to "only
-safetensors", so they are read only from under a folder that this installation wrote, after every file's SHA-256 agrees with the manifest.
+A kill while saving, or a full disk, leaves the last good checkpoint in its place. DeepSpeed's files are pickled: they are the one exception
+to "only safetensors", so they are read only from under a folder that this installation
+wrote, after every file's SHA-256 agrees with the manifest.
 """
 
 import hashlib
@@ -38,6 +39,7 @@ def save(engine: Any, home: Path, state: dict[str, Any], curve: Path) -> Path | 
     stand = {"step": engine.step, "world": dist.get_world_size(), "zero_stage": engine.settings.zero_stage, **state}
     (draft / "state.json").write_text(json.dumps(stand, indent=1))
     (draft / "manifest.json").write_text(json.dumps(_digests(draft), indent=1, sort_keys=True))
+    _to_disk(draft)
     if final.exists():  # never the last good one of this training, which stands at an earlier step
         shutil.rmtree(final)
     draft.rename(final)
@@ -47,6 +49,12 @@ def save(engine: Any, home: Path, state: dict[str, Any], curve: Path) -> Path | 
     for old in [p for p in home.iterdir() if p.is_dir() and p != final and p.name.startswith(("step-", ".draft-"))]:
         shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def discard(home: Path) -> None:
+    """Removes what a save that failed left behind."""
+    for draft in home.glob(".*"):
+        shutil.rmtree(draft) if draft.is_dir() else draft.unlink(missing_ok=True)
 
 
 def load(engine: Any, home: Path, fingerprint: str, curve: Path) -> dict[str, Any] | None:
@@ -103,6 +111,16 @@ def clear(home: Path) -> None:
         (home / "latest.json").unlink(missing_ok=True)
         for old in [p for p in home.iterdir() if p.is_dir() and p.name.startswith(("step-", ".draft-"))]:
             shutil.rmtree(old, ignore_errors=True)
+
+
+def _to_disk(folder: Path) -> None:
+    """What the pointer will name survives a loss of power, too."""
+    for path in [*folder.rglob("*"), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _digests(folder: Path) -> dict[str, str]:

@@ -15,6 +15,7 @@ import itertools
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -338,11 +339,23 @@ def train(
         due = settings.checkpoint_every and engine.step % settings.checkpoint_every == 0 and engine.step < total_steps
         if checkpoint and due:
             stand = steps.state_dict() if hasattr(steps, "state_dict") else {}
-            checkpoints.save(engine, checkpoint, {"fingerprint": fingerprint, "loader": stand, "tokens": tokens, "seconds": seconds}, curve)
+            _save(engine, checkpoint, {"fingerprint": fingerprint, "loader": stand, "tokens": tokens, "seconds": seconds}, curve, ctx)
     engine.close()
     if checkpoint:
         checkpoints.clear(checkpoint)
     return Summary(total_steps, tokens, time.monotonic() - started, float(last["loss"]))
+
+
+def _save(engine: Engine, checkpoint: Path, state: dict[str, Any], curve: Path, ctx: Any) -> None:
+    """A checkpoint; where the disk has no room for it, training goes on with the one before (several processes stop: they would wait)."""
+    try:
+        checkpoints.save(engine, checkpoint, state, curve)
+    except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
+        if world() > 1:
+            raise
+        checkpoints.discard(checkpoint)
+        message = f"no checkpoint at step {engine.step} ({error}): the one before it stays"
+        ctx.log(message) if ctx is not None else print(message, file=sys.stderr)
 
 
 def _resume(engine: Engine, steps: Any, checkpoint: Path | None, fingerprint: str, curve: Path, ctx: Any) -> tuple[int, float]:

@@ -1,13 +1,17 @@
 """The training loop: packing and accumulation change nothing, a stopped training goes on bit for bit, what comes out is a plain model."""
 
+import errno
 import json
 import os
+import random
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,7 +20,7 @@ from gr2.config import Model, Training
 from gr2.errors import ConfigError, ModelError
 from scoring.model import build_model, build_vocabulary, load, save
 from training import checkpoints
-from training.data import Batch, Example, batches, pack, to_batch
+from training.data import Batch, Example, Rows, batches, pack, to_batch
 from training.loop import Engine, learned_states, learning_rate, open_engine, planned_steps, state_logprobs, token_logprobs, train
 
 pytestmark = pytest.mark.e2e
@@ -106,7 +110,7 @@ def test_learning_rate_warms_up_and_falls_to_a_tenth() -> None:
 def test_accumulation_changes_nothing(tokenizer: Any, stage: int) -> None:
     rows = pack(examples(), 48)
     results = []
-    for parts in (1, 4):
+    for parts in (1, 8):
         model = build_model(TINY.model_copy(update={"dropout": 0.0}), tokenizer, None, seed=7)
         engine = open_engine(model, FAST.model_copy(update={"zero_stage": stage, "weight_decay": 0.1}), total_steps=3)
         lines = []
@@ -256,36 +260,149 @@ def test_impossible_settings_are_refused(tokenizer: Any) -> None:
 
 
 SCRIPT = """
-import sys
+import json, os, signal, sys
 from pathlib import Path
 from tests.e2e import test_loop as t
-from scoring.model import load
-from training.loop import rank, world, train, planned_steps
-from training.data import batches, pack
 from scoring.model import build_model
+from training import checkpoints
+from training.loop import planned_steps, rank, train, world
+from training.data import batches, pack
 from transformers import AutoTokenizer
-settings = t.FAST.model_copy(update={"zero_stage": int(sys.argv[2])})
-model = build_model(t.TINY.model_copy(update={"dropout": 0.0}), AutoTokenizer.from_pretrained(sys.argv[3]), None, seed=7)
+
+folder, vocabulary, stage, every, deadly = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
+die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+calls = iter(range(10**6))
+
+def loss_fn(model, batch):
+    if deadly == f"batch-{next(calls)}":
+        die()
+    return t.loss_fn(model, batch)
+
+if deadly.startswith("saving-"):  # the second time that a checkpoint gets to this point
+    name, place = deadly.removeprefix("saving-"), iter(range(10**6))
+    module = os if name == "replace" else checkpoints
+    own = getattr(module, name)
+    setattr(module, name, lambda *args: die() if next(place) == 1 else own(*args))
+settings = t.FAST.model_copy(update={"zero_stage": stage, "checkpoint_every": every})
+model = build_model(t.TINY.model_copy(update={"dropout": 0.0}), AutoTokenizer.from_pretrained(vocabulary), None, seed=7)
 loader = batches(pack(t.examples(), 48), 192, seed=9, rank=rank(), world=world())
-folder = Path(sys.argv[1]); folder.mkdir(exist_ok=True)
-train(model, loader, t.loss_fn, settings, folder=folder, total_steps=6, seed=1)
+folder.mkdir(exist_ok=True)
+home = folder / "checkpoint" if every else None
+train(model, loader, loss_fn, settings, folder=folder, total_steps=12, seed=1, checkpoint=home, fingerprint="a")
 """
 
 
-def test_two_processes_train_like_one(tokenizer: Any, tmp_path: Path) -> None:
-    tokenizer.save_pretrained(tmp_path / "vocabulary")
-    script = tmp_path / "two.py"
-    script.write_text(SCRIPT)
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
-    env |= {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
-    curves = []
-    for count in (1, 2):
-        folder = tmp_path / f"run{count}"
-        command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", str(script)]
-        command += [str(folder), "2", str(tmp_path / "vocabulary")]
-        subprocess.run([sys.executable, *command], check=True, env=env, capture_output=True, timeout=500)
-        curves.append([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()])
-    for one, two in zip(*curves, strict=True):
+class Launcher:
+    """Trains in processes of their own, which may die."""
+
+    def __init__(self, tokenizer: Any, folder: Path) -> None:
+        self.folder, self.script = folder, folder / "train.py"
+        tokenizer.save_pretrained(folder / "vocabulary")
+        self.script.write_text(SCRIPT)
+
+    def __call__(self, name: str, stage: int, count: int = 1, every: int = 0, deadly: str = "never") -> list[dict[str, float]]:
+        """The curve, as far as it came, without the seconds."""
+        env = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+        env |= {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"] if count > 1 else []
+        words = [str(self.folder / name), str(self.folder / "vocabulary"), str(stage), str(every), deadly]
+        done = subprocess.run(
+            [sys.executable, *launch, str(self.script), *words], env=env, capture_output=True, text=True, timeout=500, cwd=PROJECT
+        )
+        assert (done.returncode == 0) == (deadly == "never"), done.stderr[-3000:]
+        lines = [json.loads(line) for line in (self.folder / name / "metrics.jsonl").read_text().splitlines()]
+        return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+@pytest.fixture
+def launch(tokenizer: Any, tmp_path: Path) -> Launcher:
+    return Launcher(tokenizer, tmp_path)
+
+
+def test_killed_anywhere_a_training_comes_to_the_curve_of_an_unkilled_one(launch: Launcher) -> None:
+    whole = launch("whole", stage=1)
+    steps = random.Random(os.environ.get("GR2_SEED", "4")).sample(range(1, 12), 2)
+    for deadly in (*(f"batch-{step}" for step in steps), "saving-_digests", "saving-replace"):
+        died = launch("killed", stage=1, every=3, deadly=deadly)
+        assert died == whole[: len(died)] != whole, deadly
+        assert launch("killed", stage=1, every=3) == whole, deadly
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_processes_train_like_one(launch: Launcher, stage: int) -> None:
+    for one, two in zip(launch("one", stage), launch("two", stage, count=2), strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
         assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
         assert two["tokens"] == one["tokens"]
+
+
+def test_two_killed_processes_go_on_bit_for_bit(launch: Launcher) -> None:
+    whole = launch("whole", stage=3, count=2)
+    died = launch("killed", stage=3, count=2, every=4, deadly="batch-6")
+    assert died == whole[: len(died)] != whole
+    assert launch("killed", stage=3, count=2, every=4) == whole
+
+
+def test_a_full_disk_costs_a_checkpoint_and_no_more(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings, home = FAST.model_copy(update={"checkpoint_every": 3}), tmp_path / "checkpoint"
+    _, curve = run(tokenizer, tmp_path / "whole", settings)
+    copy, calls = shutil.copyfile, iter(range(1))
+
+    def full(source: Path, target: Path) -> Path:
+        if next(calls, None) is None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return copy(source, target)
+
+    monkeypatch.setattr(checkpoints.shutil, "copyfile", full)  # from the second checkpoint on
+    with pytest.raises(Stop):
+        run(tokenizer, tmp_path / "stopped", settings, loss=stop_after(10), checkpoint=home, fingerprint="a")
+    monkeypatch.undo()
+    assert sorted(p.name for p in home.iterdir()) == ["latest.json", "step-000003"], "no half checkpoint fills the disk further"
+    _, again = run(tokenizer, tmp_path / "resumed", settings, checkpoint=home, fingerprint="a")
+    assert again == curve
+
+
+def without_bias(differences: list[float], scale: float) -> bool:
+    """Whether differences are small, and of no one sign: their mean is within four standard errors of zero."""
+    error = float(np.std(differences)) / len(differences) ** 0.5
+    return max(map(abs, differences)) < scale and abs(float(np.mean(differences))) <= 4 * error + 1e-12
+
+
+def test_the_loop_is_a_plain_torch_loop(tokenizer: Any, tmp_path: Path) -> None:
+    settings = FAST.model_copy(update={"max_steps": 24, "weight_decay": 0.1, "zero_stage": 1})
+    shape = TINY.model_copy(update={"dropout": 0.0})
+    engine = Engine(build_model(shape, tokenizer, None, seed=7), settings, 24)
+    model = build_model(shape, tokenizer, None, seed=7).train()
+    matrices, gains = ([p for p in model.parameters() if (p.ndim > 1) == wide] for wide in (True, False))
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": gains, "weight_decay": 0.0}], betas=(0.9, 0.95))
+    stream, losses, norms = iter(batches(pack(examples(), 48), 192, seed=9)), [], []
+    for step in range(24):
+        batch = next(stream)
+        line = engine.backward_and_step(loss_fn, [batch])
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(settings, step, 24)
+        loss = loss_fn(model, batch)[0]
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)) - line["grad_norm"])
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()) - line["loss"])
+    assert without_bias(losses, 1e-3)
+    assert without_bias(norms, 1e-2)
+
+
+def test_packed_rows_train_like_padded_ones(tokenizer: Any) -> None:
+    """Eight examples a step: in a few full rows, or in one row each."""
+    shape, settings = TINY.model_copy(update={"dropout": 0.0}), FAST.model_copy(update={"max_steps": 20})
+    engines = [Engine(build_model(shape, tokenizer, None, seed=7), settings, 20) for _ in range(2)]
+    known, differences = examples(160), []
+    for step in range(20):
+        part = known[8 * step : 8 * step + 8]
+        padded = [pack([example], 48) for example in part]
+        columns = ("input_ids", "position_ids", "segment_ids", "weights")
+        apart = Rows(**{name: np.concatenate([getattr(rows, name) for rows in padded]) for name in columns}, extra={})
+        together = pack(part, 48)
+        assert len(together) < len(apart) == 8
+        packed, alone = (e.backward_and_step(loss_fn, [to_batch(r, slice(None))]) for e, r in zip(engines, (together, apart), strict=True))
+        differences.append(packed["loss"] - alone["loss"])
+    assert without_bias(differences, 1e-3)
