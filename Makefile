@@ -34,7 +34,7 @@ bench: demo  ## Benchmarks of the engines, at sizes that end within an hour (of 
 	$(RUN) python -m benchmarks.beams
 	$(RUN) python -m benchmarks.tokenizers --items 100000
 	$(RUN) python -m benchmarks.scoring --root var/demo --profile demo
-	$(RUN) python -m benchmarks.data_plane --work var/bench --events 1000000
+	$(RUN) python -m benchmarks.data_plane --work var/bench --millions 1
 
 lint: setup  ## ruff, format and types
 	$(RUN) ruff check .

@@ -42,27 +42,19 @@ def cluster(tmp_path) -> Iterator[tuple[str, str]]:
     master, package = f"spark://127.0.0.1:{port}", "org.apache.spark.deploy"
     environment = {**os.environ, "SPARK_LOG_DIR": str(tmp_path), "SPARK_DAEMON_MEMORY": "256m"}
     words = [[f"{package}.master.Master", "--host", "127.0.0.1", "--port", str(port), "--webui-port", str(page)]]
-    for number in (1, 2):
-        folder = str(tmp_path / f"worker{number}")
+    script = tmp_path / "gpus.sh"  # one pretended GPU a worker, each with an address of its own
+    script.write_text('#!/bin/sh\necho "{\\"name\\": \\"gpu\\", \\"addresses\\": [\\"$GPU\\"]}"\n')
+    script.chmod(0o755)
+    environment["SPARK_WORKER_OPTS"] = f"-Dspark.worker.resource.gpu.amount=1 -Dspark.worker.resource.gpu.discoveryScript={script}"
+    for number in (1, 2):  # of two hosts, as far as Spark can tell: a second attempt at a task goes to another host
         words.append(
-            [
-                f"{package}.worker.Worker",
-                master,
-                "--host",
-                "127.0.0.1",
-                "--cores",
-                "1",
-                "--memory",
-                "1g",
-                "--work-dir",
-                folder,
-                "--webui-port",
-                "0",
-            ]
+            [f"{package}.worker.Worker", master, "--host", f"127.0.0.{number}", "--cores", "1", "--memory", "1g", "--webui-port", "0"]
         )
+        words[-1] += ["--work-dir", str(tmp_path / f"worker{number}")]
     logs = [(tmp_path / f"{n}.log").open("w") for n in range(3)]
     started = [
-        subprocess.Popen([str(SPARK_CLASS), *w], env=environment, stdout=log, stderr=log) for w, log in zip(words, logs, strict=True)
+        subprocess.Popen([str(SPARK_CLASS), *w], env={**environment, "GPU": str(n + 4)}, stdout=log, stderr=log)
+        for n, (w, log) in enumerate(zip(words, logs, strict=True))
     ]
     try:
         for _ in range(120):
@@ -107,3 +99,15 @@ def test_interactions_to_evidence_on_a_cluster_equal_local_mode(cluster, tmp_pat
     assert len(finished) == 2, "both stages ran on the cluster"
     executors = {p.name for n in (1, 2) for p in (tmp_path / f"worker{n}").glob("app-*/*") if re.fullmatch(r"\d+", p.name)}
     assert len(executors) >= 2, "on both workers"
+
+
+def test_engine_jobs_get_a_gpu_each_and_a_second_attempt_writes_nothing_twice(cluster, tmp_path):
+    words = [sys.executable, str(Path(__file__).with_name("cluster_chunks.py")), str(tmp_path / "root"), cluster[0]]
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    done = subprocess.run(words, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = json.loads(done.stdout.splitlines()[-1])
+    assert [row["key"] for row in rows] == list(range(32)), "every row once"
+    assert {row["gpu"] for row in rows} == {"5", "6"}, "each task sees the GPU that Spark gave it, and no other"
+    attempts = (tmp_path / "root" / "attempts").read_text().split()
+    assert attempts.count("0") == 2, "the slow task was tried a second time, elsewhere"
