@@ -87,7 +87,7 @@ class VLLMEngine:
         return [answers[i] for i in range(len(asks))]
 
     def label_logprobs(self, prompts: Sequence[str], labels: Sequence[str]) -> NDArray[np.float32]:
-        """(B, Y) log-probability of each label as the next token; one prefill a prompt. NaN where a prompt cannot be read."""
+        """(B, Y) log-probability of each label as the next token; one prefill a prompt. NaN where a prompt cannot be read or fails."""
         from vllm import SamplingParams
 
         wanted = self._label_ids(labels)
@@ -95,9 +95,10 @@ class VLLMEngine:
         fine = [i for i in range(len(ids)) if not self._problem(ids[i], 1)]
         result_BY = np.full((len(prompts), len(labels)), np.nan, dtype=np.float32)
         params = SamplingParams(max_tokens=1, temperature=1.0, logprob_token_ids=wanted, detokenize=False)  # the sampled token is not used
-        for place, output in zip(fine, self._run([ids[i] for i in fine], params), strict=True):
-            found = output.outputs[0].logprobs[0]
-            result_BY[place] = [found[token].logprob for token in wanted]
+        for place, output in zip(fine, self._each([ids[i] for i in fine], params), strict=True):
+            if output is not None:
+                found = output.outputs[0].logprobs[0]
+                result_BY[place] = [found[token].logprob for token in wanted]
         return result_BY
 
     def push_weights(self, model: Any) -> None:
@@ -151,6 +152,13 @@ class VLLMEngine:
             return [self._batch([ask], [ids])[0] for ask, ids in zip(asks, prompts, strict=True)]
         share = (time.monotonic() - started) / max(len(asks), 1)
         return [_answer(ask, output, share) for ask, output in zip(asks, outputs, strict=True)]
+
+    def _each(self, prompts: list[list[int]], params: Any) -> list[Any]:
+        """Outputs of prompts that share their parameters; None for one that fails, which then costs the batch nothing but time."""
+        try:
+            return self._run(prompts, params)
+        except self._failures:
+            return [None] if len(prompts) == 1 else [self._each([ids], params)[0] for ids in prompts]
 
     def _run(self, prompts: list[list[int]], params: Any) -> list[Any]:
         if not prompts:

@@ -86,6 +86,25 @@ def test_poisoned_prompts_fail_alone(engine: Any) -> None:
     assert answers[5].token_ids == engine.generate([ask(5)])[0].token_ids
 
 
+def test_a_prompt_that_breaks_the_engine_fails_alone(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, poison = engine._run, encode(engine.tokenizer, PROMPTS[3])
+
+    def breaking(prompts: list[list[int]], params: Any) -> list[Any]:
+        if poison in prompts:
+            raise RuntimeError("a kernel died of this prompt")
+        return own(prompts, params)
+
+    scores, answers = engine.label_logprobs(PROMPTS, LABELS), engine.generate([ask(i) for i in range(8)])
+    monkeypatch.setattr(engine, "_run", breaking)
+    survivors = [i for i in range(8) if i != 3]
+    broken = engine.label_logprobs(PROMPTS, LABELS)
+    assert np.isnan(broken[3]).all()
+    np.testing.assert_allclose(broken[survivors], scores[survivors], atol=2e-4)
+    again = engine.generate([ask(i) for i in range(8)])
+    assert "a kernel died" in again[3].error
+    assert [again[i].token_ids for i in survivors] == [answers[i].token_ids for i in survivors]
+
+
 def test_label_log_probabilities_equal_transformers(engine: Any, folder: Path) -> None:
     model, tokenizer = load(folder)
     found = engine.label_logprobs([*PROMPTS, ""], LABELS)
