@@ -149,9 +149,14 @@ def _keeping(job: Job, schema: pa.Schema) -> Callable[[Iterator[pa.RecordBatch]]
                 draft = Path(path).with_name(f".{Path(path).name}-{uuid.uuid4().hex[:8]}")
                 pq.write_table(table, draft)
                 draft.replace(path)
-            yield pa.RecordBatch.from_pydict({"process": [_PROCESS], "starts": pa.array([len(_STARTED)], pa.int32())})
+            yield _starts()
 
     return run
+
+
+def _starts() -> pa.RecordBatch:
+    """This process, and how many engines it has started. (A function of the module: what a job closes over is a copy.)"""
+    return pa.RecordBatch.from_pydict({"process": [_PROCESS], "starts": pa.array([len(_STARTED)], pa.int32())})
 
 
 def _take_gpus() -> None:

@@ -152,7 +152,7 @@ def sample(engine: Sampling, tasks: Sequence[Task], cfg: Config, step: int, run:
             task.prompt,
             limit_of(cfg.prompt, task.mode),
             cfg.rl.temperature,
-            seed_of(run, step, task.prompt_id, place),
+            seed_of("rollout", cfg.seed, step, task.prompt_id, place),  # not of the run: its hash changes with every line of code
         )
         for task, place in drawn
     ]

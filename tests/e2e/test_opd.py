@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from gr2 import artifacts
 from gr2.errors import ModelError
@@ -13,11 +14,11 @@ from training import opd, rollouts
 
 pytestmark = pytest.mark.e2e
 QUICK = [
-    "opd.train.max_steps=6",
+    "opd.train.max_steps=10",
     "opd.train.lr=5e-3",
     "rl.prompts_per_step=4",
     "rl.group=4",
-    "rl.validate_every=6",
+    "rl.validate_every=10",
     "rl.validate_requests=4",
     "rl.overlong_tokens=0",
     "prompt.max_thought_tokens=12",
@@ -28,20 +29,25 @@ QUICK = [
 def test_the_student_moves_to_its_teacher_and_both_losses_train(make_ctx):
     ctx = make_ctx(QUICK)
     tokenizer = tiny.model_named(ctx, "sft", seed=1)
-    tiny.model_named(ctx, "rl-teacher", seed=2)
+    teacher = build_model(tiny.SIZE, tokenizer, None, 2)
+    with torch.no_grad():
+        for weight in teacher.parameters():
+            weight.mul_(3.0 if weight.ndim > 1 else 1.0)  # surer than a fresh model, so that there is a way to go
+    with artifacts.publish_folder(ctx.root, "rl-teacher", {}) as draft:
+        save(teacher, tokenizer, draft)
     tiny.put(ctx, "rl_prompts", tiny.rl_rows(tokenizer, 8) + tiny.rl_rows(tokenizer, 4, "valid", 50))
     result = opd.run(ctx.cfg, ctx)
     curves = {}
     for name in ("opd", "opd+rl"):
         made = ctx.model(name, "opd")
         curves[name] = [json.loads(line) for line in (made.path / "metrics.jsonl").read_text().splitlines()]
-        assert len(curves[name]) == 6
+        assert len(curves[name]) == 10
         assert made.manifest["inputs"]["models"].keys() == {"sft", "rl-teacher"}
         stored = rollouts.load(ctx.work("rollouts", result.detail[name]["run"]) / "step-00001.arrow")
         assert all(r.used for r in stored), "the teacher has something to say of every group"
         assert len(stored) == 16
     kl = [line["reverse_kl"] for line in curves["opd"]]
-    assert min(kl[-2:]) < kl[0], kl
+    assert sum(kl[-3:]) < 0.8 * sum(kl[:3]), kl
     assert ctx.model("opd", "opd").manifest["inputs"]["rank_weight"] == 0.0
     assert ctx.model("opd+rl", "opd").manifest["inputs"]["rank_weight"] == 1.0
 
