@@ -426,8 +426,8 @@ class Config(Section):
             raise ValueError("candidates.n must be at most 20: there are 20 labels")
         if self.data.source == "files" and not self.data.events.files:
             raise ValueError("data.source is files: say which in data.events.files, such as ['clicks/*.parquet']")
-        if max(self.rl.student.processes, self.rl.teacher.processes, self.opd.train.processes) > 1:
-            raise ValueError("rl and opd sample and train in one process: set their processes to 1")
+        if any(t.processes > 1 or t.checkpoint_every for t in (self.rl.student, self.rl.teacher, self.opd.train)):
+            raise ValueError("rl and opd train in one process and go on from their rollouts: leave out processes and checkpoint_every")
         return self
 
     def digest(self, *sections: str) -> str:
