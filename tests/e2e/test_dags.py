@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -193,3 +194,31 @@ def test_a_command_is_a_list_of_words(airflow):
     assert command("rl", "demo", "2026-01-05", ["rl.group=4"])[1:] == [
         "-m", "gr2", "stage", "rl", "--profile", "demo", "--date", "2026-01-05", "--set", "rl.group=4",
     ]  # fmt: skip
+
+
+def test_a_planted_secret_is_nowhere_after_a_night_and_after_a_failure(airflow, tmp_path):
+    """Neither in logs, tables, manifests and records under the root, nor in what Airflow keeps: its database holds the XComs."""
+    root, secret = tmp_path / "root", "planted-8f3a1c"
+    profile = PROJECT / "conf" / "test_secret.yaml"
+    profile.write_text((PROJECT / "conf" / "demo.yaml").read_text().replace("{root: var/demo}", f"{{root: {root}}}"))
+    environment = {
+        **os.environ, "AIRFLOW_HOME": str(root / "airflow"), "GR2_TEACHER_KEY": secret, "AWS_SECRET_ACCESS_KEY": secret,
+        "OPENLINEAGE_API_KEY": secret, "AIRFLOW_CONN_GR2_ALERTS": f"http://127.0.0.1:1/{secret}",
+    }  # fmt: skip
+    command = str(Path(sys.executable).parent / "airflow")
+    given = json.dumps({"profile": "test_secret", "settings": ["simulator.users=40", "simulator.days=4"]})
+    said = ""
+    try:
+        subprocess.run([command, "db", "migrate"], env=environment, capture_output=True, check=True)
+        for day, fine in (("2026-01-02", True), ("2027-01-01", False)):
+            words = [command, "tasks", "test", "nightly", "events", day, "--task-params", given]
+            done = subprocess.run(words, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=400)
+            said += done.stdout + done.stderr
+            assert f"new_state={'success' if fine else 'failed'}" in done.stdout, said[-3000:]
+    finally:
+        profile.unlink()
+    files = [path for path in root.rglob("*") if path.is_file()]
+    assert {"airflow.db", "gr2.log"} <= {path.name for path in files}
+    assert any(path.suffix == ".parquet" for path in files)
+    assert secret not in said
+    assert [str(path) for path in files if secret.encode() in path.read_bytes()] == []
