@@ -254,7 +254,7 @@ def processes(stage: Stage, cfg: Config) -> int:
 def execute(stage: Stage, cfg: Config, ctx: Context, print_: str) -> Result:
     """Runs a stage in this process and writes its record (the first process, where torchrun started several). GR2Errors pass through."""
     started = time.monotonic()
-    alone = ctx.sole_writer() if stage.writes or stage.name == "maintenance" else contextlib.nullcontext()
+    alone = contextlib.nullcontext() if stage.trains else ctx.sole_writer()  # trainers write no tables
     with alone, lineage.told(stage.name, ctx, stage.reads, stage.writes):
         result: Result = importlib.import_module(stage.module).run(cfg, ctx)
     if os.environ.get("RANK", "0") != "0":

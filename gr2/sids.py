@@ -109,14 +109,16 @@ class Trie:
         return leaf_N
 
     @cached_property
+    def parents(self) -> tuple[Ints, ...]:
+        """For depth 1..L: the node of the depth before that leads to each node."""
+        return tuple(np.repeat(np.arange(len(starts) - 1), np.diff(starts)) for starts in self.starts)
+
+    @cached_property
     def above(self) -> tuple[Ints, ...]:
         """For depth 1..L: (N,) the node of that depth above each leaf."""
-        node_N = np.arange(len(self.items))
-        found = [node_N]
-        for depth in range(self.levels - 1, 0, -1):
-            parents = np.repeat(np.arange(len(self.starts[depth]) - 1), np.diff(self.starts[depth]))
-            node_N = parents[node_N]
-            found.insert(0, node_N)
+        found = [np.arange(len(self.items))]
+        for parents in self.parents[:0:-1]:
+            found.insert(0, parents[found[0]])
         return tuple(found)
 
     @cached_property
@@ -139,9 +141,8 @@ class Trie:
     def child(self, depth: int, nodes_B: NDArray[np.integer], codes_B: NDArray[np.integer]) -> Ints:
         """(B,) node at depth + 1 that a code leads to from each node; -1 where the trie has no such child, or the node is -1."""
         nodes_B, codes_B = np.asarray(nodes_B, dtype=np.int64), np.asarray(codes_B, dtype=np.int64)
-        parents = np.repeat(np.arange(len(self.starts[depth]) - 1), np.diff(self.starts[depth]))
         width = max(int(self.tokens[depth].max()), int(codes_B.max(initial=0))) + 1
-        keys = parents * width + self.tokens[depth]  # ascending, since children are in order of (parent, code)
+        keys = self.parents[depth] * width + self.tokens[depth]  # ascending, since children are in order of (parent, code)
         wanted_B = np.where((nodes_B < 0) | (codes_B < 0), -1, nodes_B * width + codes_B)
         found_B = np.minimum(np.searchsorted(keys, wanted_B), len(keys) - 1)
         return np.where(keys[found_B] == wanted_B, found_B, -1)

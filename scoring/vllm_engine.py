@@ -12,7 +12,8 @@ Shapes: B prompts, Y labels.
 import gc
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +96,8 @@ class VLLMEngine:
         fine = [i for i in range(len(ids)) if not self._problem(ids[i], 1)]
         result_BY = np.full((len(prompts), len(labels)), np.nan, dtype=np.float32)
         params = SamplingParams(max_tokens=1, temperature=1.0, logprob_token_ids=wanted, detokenize=False)  # the sampled token is not used
-        for place, output in zip(fine, self._each([ids[i] for i in fine], params), strict=True):
-            if output is not None:
+        for place, output in zip(fine, self._each([ids[i] for i in fine], [lambda: params] * len(fine)), strict=True):
+            if not isinstance(output, Exception):
                 found = output.outputs[0].logprobs[0]
                 result_BY[place] = [found[token].logprob for token in wanted]
         return result_BY
@@ -144,21 +145,19 @@ class VLLMEngine:
 
     def _batch(self, asks: list[Ask], prompts: list[list[int]]) -> list[Answer]:
         started = time.monotonic()
-        try:
-            outputs = self._run(prompts, [_params(ask) for ask in asks])
-        except self._failures as error:
-            if len(asks) == 1:
-                return [failed(asks[0], error)]
-            return [self._batch([ask], [ids])[0] for ask, ids in zip(asks, prompts, strict=True)]
+        outputs = self._each(prompts, [partial(_params, ask) for ask in asks])
         share = (time.monotonic() - started) / max(len(asks), 1)
-        return [_answer(ask, output, share) for ask, output in zip(asks, outputs, strict=True)]
+        return [
+            failed(ask, output) if isinstance(output, Exception) else _answer(ask, output, share)
+            for ask, output in zip(asks, outputs, strict=True)
+        ]
 
-    def _each(self, prompts: list[list[int]], params: Any) -> list[Any]:
-        """Outputs of prompts that share their parameters; None for one that fails, which then costs the batch nothing but time."""
+    def _each(self, prompts: list[list[int]], params: Sequence[Callable[[], Any]]) -> list[Any]:
+        """The output of each prompt, or its error: a batch that breaks is run again one by one."""
         try:
-            return self._run(prompts, params)
-        except self._failures:
-            return [None] if len(prompts) == 1 else [self._each([ids], params)[0] for ids in prompts]
+            return self._run(prompts, [make() for make in params])
+        except self._failures as error:
+            return [error] if len(prompts) == 1 else [self._each([ids], [make])[0] for ids, make in zip(prompts, params, strict=True)]
 
     def _run(self, prompts: list[list[int]], params: Any) -> list[Any]:
         if not prompts:

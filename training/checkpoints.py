@@ -4,8 +4,8 @@
     <home>/latest.json         {"folder": ...}, replaced atomically once the folder is complete
 
 A kill while saving, or a full disk, leaves the last good checkpoint in its place. DeepSpeed's files are pickled: they are the one exception
-to "only safetensors", so they are read only from under a folder that this installation
-wrote, after every file's SHA-256 agrees with the manifest.
+to "only safetensors", so they are read only from under a folder that this installation wrote, after every file's SHA-256 agrees with the
+manifest.
 """
 
 import hashlib
