@@ -25,7 +25,7 @@ from gr2.prompts import ANSWER_OPEN, END_THINK, View
 from schemas.base import INT, STRING, list_of
 from scoring.engine import Ask, Engine, seed_of
 from scoring.model import load_tokenizer
-from spark_jobs.engine_pool import Rows, Spec, answered, engine_for, forget, portable
+from spark_jobs.engine_pool import Rows, Spec, answered, engine_for, portable
 from spark_jobs.prompting import render_texts, sample, views
 from spark_jobs.publish import publish
 from spark_jobs.session import read
@@ -54,9 +54,9 @@ def run(cfg: Config, ctx: Context) -> Result:
     def job(_: Rows) -> Callable[[Rows], Rows]:
         return lambda chunk: imitated(engine_for(spec, remote), chunk, remote, source.id)
 
-    made = answered(ctx, "distill_examples", asked, job, schemas.get("distill_examples").arrow(), f"{source.id} {cfg.digest('distill')}")
-    rows = publish(ctx, "distill_examples", made)
-    forget(ctx, "distill_examples")
+    salt = f"{source.id} {cfg.digest('seed', 'distill', 'prompt')}"
+    with answered(ctx, "distill_examples", asked, job, schemas.get("distill_examples").arrow(), salt) as frame:
+        rows = publish(ctx, "distill_examples", frame)
     scored = read(ctx, "distill_examples").where("source_mode = 'score'").count()
     return Result(rows_in=asked.num_rows, rows_out=rows, detail={"source": source.id, "did_not_parse": scored})
 
@@ -93,7 +93,7 @@ def imitated(engine: Engine, rows: Sequence[dict[str, Any]], cfg: Config, name: 
         if not np.isfinite(own_CY).all():
             continue
         score_of = dict(zip(labels, np.log(np.exp(own_CY).mean(axis=0) + TINY).tolist(), strict=True))
-        order = sorted(row["labels"], key=lambda label: (sum(order.index(label) for order, _ in drawn), -score_of[label], label))
+        order = sorted(row["labels"], key=lambda label: (sum(own.index(label) for own, _ in drawn), -score_of[label], label))
         made.append(
             {
                 "example_id": row["example_id"],

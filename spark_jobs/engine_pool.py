@@ -1,8 +1,7 @@
 """Engines inside Spark's Python workers: one a worker, opened once, kept between partitions and jobs. Not a stage.
 
-    frame = answered(ctx, "rerank_scores", asked, job, schema)        # in the job: `engine = engine_for(spec, cfg)`
-    publish(ctx, ..., frame)
-    forget(ctx, "rerank_scores")
+    with answered(ctx, "rerank_scores", asked, job, schema) as frame:        # in the job: `engine = engine_for(spec, cfg)`
+        publish(ctx, "rerank_scores", frame)
 
 An engine job takes a worker's whole machine: `scoring.workers` partitions, by default one, and all chunks in one job (an idle Python worker
 is ended after a minute). A spec holds no secret and no open thing, so it travels to a worker as it is.
@@ -14,7 +13,6 @@ import itertools
 import json
 import os
 import re
-import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -94,13 +92,14 @@ def _vllm(spec: Spec, cfg: Config) -> Engine:
     return VLLMEngine(spec.path, cfg.scoring, spec.name)
 
 
-def answered(ctx: Context, name: str, asked: pa.Table, job: Job, schema: pa.Schema, salt: str = "") -> DataFrame:
+@contextlib.contextmanager
+def answered(ctx: Context, name: str, asked: pa.Table, job: Job, schema: pa.Schema, salt: str = "") -> Iterator[DataFrame]:
     """What `job` makes of the rows of `asked`: `scoring.chunk` rows at a time, each chunk kept as soon as it is answered.
 
     `job(all rows of a worker)` gives the function that answers one chunk of them. A chunk becomes `work/<name>/<hash>.parquet` by one
     rename; the hash is that of its rows and of `salt` (what else decides the answers). So after a kill at most the chunk that each worker
-    was at is asked again, two attempts at one task write the same files, and what is published holds every row once. Call `forget` when
-    it is. Raises GR2Errors of workers as themselves.
+    was at is asked again, two attempts at one task write the same files, and what is published holds every row once. On leaving without
+    an error these chunks are removed, and no others: another night may be at work beside. Raises GR2Errors of workers as themselves.
     """
     folder = ctx.work(name)
     size = ctx.cfg.scoring.chunk
@@ -122,12 +121,11 @@ def answered(ctx: Context, name: str, asked: pa.Table, job: Job, schema: pa.Sche
             told = frame.mapInArrow(_keeping(job, schema), "process string, starts int").collect()
         starts = sum(dict(sorted(told)).values())  # of each process the last word
         ctx.log(f"{name}: {len(open_)} chunks answered by {workers} worker{'s' * (workers > 1)}, engines started: {starts}")
-    return ctx.spark.read.schema(from_arrow_schema(schema)).parquet(*map(str, paths)) if paths else frame_of(ctx, schema.empty_table())
-
-
-def forget(ctx: Context, name: str) -> None:
-    """Removes the chunks of a job whose rows are published."""
-    shutil.rmtree(ctx.work(name), ignore_errors=True)
+    yield ctx.spark.read.schema(from_arrow_schema(schema)).parquet(*map(str, paths)) if paths else frame_of(ctx, schema.empty_table())
+    own = {path.stem for path in paths}
+    for path in list(folder.iterdir()):  # with what a killed worker had begun to write
+        if path.name.removeprefix(".").partition(".")[0] in own:
+            path.unlink(missing_ok=True)
 
 
 def _content(chunk: pa.Table, salt: str) -> str:

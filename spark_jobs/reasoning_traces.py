@@ -32,7 +32,7 @@ from gr2.prompts import Template, View, prompt_hash, render
 from scoring.engine import Answer, Ask, Engine, seed_of
 from scoring.evidence_engine import NAME, columns_of, fit, fold_of
 from scoring.model import encode_all, load_tokenizer, prompt_text
-from spark_jobs.engine_pool import Rows, Spec, answered, engine_for, forget, portable
+from spark_jobs.engine_pool import Rows, Spec, answered, engine_for, portable
 from spark_jobs.prompting import Requests, sample, template_of
 from spark_jobs.publish import publish
 from validation.leaks import leak_of
@@ -57,8 +57,8 @@ def run(cfg: Config, ctx: Context) -> Result:
         return lambda chunk: sampler.samples([row["request_id"] for row in chunk])
 
     salt = f"{spec.name} {cfg.digest('traces', 'prompt')} {ctx.lake.content_version('candidates')}"
-    added = publish(ctx, "reasoning_traces", answered(ctx, "reasoning_traces", keys, job, SCHEMA, salt))
-    forget(ctx, "reasoning_traces")
+    with answered(ctx, "reasoning_traces", keys, job, SCHEMA, salt) as frame:
+        added = publish(ctx, "reasoning_traces", frame)
     drawn = ctx.lake.read("reasoning_traces", order_by=["sample_id"], teacher=spec.name)
     listed = ctx.lake.read("candidates", ["request_id", "candidate_ids"], order_by=["request_id"], split="rerank")
     sizes = dict(zip(listed["request_id"].to_pylist(), map(len, listed["candidate_ids"].to_pylist()), strict=True))

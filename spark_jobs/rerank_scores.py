@@ -37,7 +37,7 @@ from schemas.base import DOUBLE, FLOAT, INT, STRING, list_of
 from schemas.candidates import EXPERIMENT
 from scoring.engine import Ask, seed_of
 from scoring.model import encode_all, load_tokenizer
-from spark_jobs.engine_pool import Rows, Spec, answered, engine_for, forget, portable
+from spark_jobs.engine_pool import Rows, Spec, answered, engine_for, portable
 from spark_jobs.prompting import render_texts, sample, template_of, views
 from spark_jobs.publish import publish
 
@@ -73,16 +73,15 @@ def run(cfg: Config, ctx: Context) -> Result:
         if ctx.lake.exists("rerank_scores"):
             ctx.pin("tables", "rerank_scores", ctx.lake.version("rerank_scores"))
         return Result(detail={"models": [m.id for m in models]})
-    frame = answered(ctx, "rerank_scores", asked, _answering(portable(cfg, ctx)), pa.schema([*ASKED, *ANSWERED]))
-    values = frame.select("model_id", "mode", "labels", "logprobs", "prompt_tokens", "completion_tokens").toArrow()
-    if values.num_rows != asked.num_rows:
-        raise EngineError(
-            f"the engine job gave {values.num_rows} of {asked.num_rows} answers, nothing was published: see the worker's log above"
-        )
-    prior = label_priors(ctx, values.select(["model_id", "mode", "labels", "logprobs"]))
-    contract = schemas.get("rerank_scores")
-    added = publish(ctx, "rerank_scores", frame.mapInArrow(_judged(prior), from_arrow_schema(contract.arrow())))
-    forget(ctx, "rerank_scores")
+    with answered(ctx, "rerank_scores", asked, _answering(portable(cfg, ctx)), pa.schema([*ASKED, *ANSWERED])) as frame:
+        values = frame.select("model_id", "mode", "labels", "logprobs", "prompt_tokens", "completion_tokens").toArrow()
+        if values.num_rows != asked.num_rows:
+            raise EngineError(
+                f"the engine job gave {values.num_rows} of {asked.num_rows} answers, nothing was published: see the worker's log above"
+            )
+        prior = label_priors(ctx, values.select(["model_id", "mode", "labels", "logprobs"]))
+        judged = frame.mapInArrow(_judged(prior), from_arrow_schema(schemas.get("rerank_scores").arrow()))
+        added = publish(ctx, "rerank_scores", judged)
     statuses = _statuses(ctx, models)
     ctx.log(f"rerank_scores: {statuses}")
     tokens = sum(sum(values[c].to_pylist()) for c in ("prompt_tokens", "completion_tokens"))

@@ -56,5 +56,5 @@ if __name__ == "__main__":
         return answer
 
     asked = pa.table({"key": pa.array(range(32), pa.int64())})
-    rows = answered(ctx, "cluster", asked, job, SCHEMA).orderBy("key").collect()
-    print(json.dumps([row.asDict() for row in rows]))
+    with answered(ctx, "cluster", asked, job, SCHEMA) as frame:
+        print(json.dumps([row.asDict() for row in frame.orderBy("key").collect()]))

@@ -47,5 +47,5 @@ if __name__ == "__main__":
     ctx = context(sys.argv[1])
     log = Path(sys.argv[1]) / "begun"
     log.touch()
-    answered(ctx, "squares", asked(), job_of(log, os.getpgrp(), int(sys.argv[2])), SCHEMA)
-    sys.exit("nobody died")
+    with answered(ctx, "squares", asked(), job_of(log, os.getpgrp(), int(sys.argv[2])), SCHEMA):
+        sys.exit("nobody died")

@@ -11,7 +11,7 @@ from killed_chunks import CHUNK, ROWS, SCHEMA, asked, context, job_of
 
 from gr2 import PROJECT
 from gr2.errors import EngineError
-from spark_jobs.engine_pool import answered, forget
+from spark_jobs.engine_pool import answered
 
 pytestmark = pytest.mark.spark
 
@@ -31,12 +31,15 @@ def test_a_killed_job_asks_again_only_what_was_under_way(tmp_path, deadly):
     ctx = context(str(tmp_path))
     before = {path.name: path.stat().st_mtime_ns for path in ctx.work("squares").glob("*.parquet")}
     assert deadly - 2 <= len(before) < ROWS // CHUNK, "what had been answered is there"
-    frame = answered(ctx, "squares", asked(), job_of(tmp_path / "begun", 0, 0), SCHEMA)
-    assert sorted(map(tuple, frame.collect())) == [(key, key**2) for key in range(ROWS)]
-    assert before.items() <= {path.name: path.stat().st_mtime_ns for path in ctx.work("squares").glob("*.parquet")}.items()
+    other = ctx.work("squares") / "of-another-night.parquet"
+    other.touch()
+    for name in before:
+        (ctx.work("squares") / f".{name}-half").touch()  # of a worker that was killed while it wrote
+    with answered(ctx, "squares", asked(), job_of(tmp_path / "begun", 0, 0), SCHEMA) as frame:
+        assert sorted(map(tuple, frame.collect())) == [(key, key**2) for key in range(ROWS)]
+        assert before.items() <= {path.name: path.stat().st_mtime_ns for path in ctx.work("squares").glob("*.parquet")}.items()
     assert sum(begun(tmp_path).values()) <= ROWS // CHUNK + 2, "each of two workers repeats one chunk at most"
-    forget(ctx, "squares")
-    assert not list(ctx.work("squares").iterdir())
+    assert list(ctx.work("squares").iterdir()) == [other], "what is published is not kept, and nobody else's is touched"
 
 
 def test_an_error_of_a_worker_comes_as_itself_and_other_questions_are_others(tmp_path):
@@ -53,9 +56,12 @@ def test_an_error_of_a_worker_comes_as_itself_and_other_questions_are_others(tmp
 
         return answer
 
-    with pytest.raises(EngineError, match="the third chunk cannot be answered"):
-        answered(ctx, "squares", asked(), failing, SCHEMA)
-    answered(ctx, "squares", asked(), job_of(tmp_path / "begun", 0, 0), SCHEMA)
+    with pytest.raises(EngineError, match="the third chunk cannot be answered"), answered(ctx, "squares", asked(), failing, SCHEMA):
+        pass
+    whole = job_of(tmp_path / "begun", 0, 0)
+    with pytest.raises(KeyError), answered(ctx, "squares", asked(), whole, SCHEMA):  # a publish that fails loses no answer
+        raise KeyError
     assert max(begun(tmp_path).values()) == 1
-    answered(ctx, "squares", asked(), job_of(tmp_path / "begun", 0, 0), SCHEMA, salt="another model")
+    with answered(ctx, "squares", asked(), whole, SCHEMA), answered(ctx, "squares", asked(), whole, SCHEMA, salt="another model"):
+        pass
     assert set(begun(tmp_path).values()) == {2}
