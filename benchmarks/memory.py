@@ -10,8 +10,6 @@ in fp32 with its gradient. Time: 6 FLOPs a parameter and token (8 with checkpoin
 """
 
 import argparse
-import contextlib
-import io
 from pathlib import Path
 from typing import Any
 
@@ -41,26 +39,25 @@ def parameters(config: Any) -> tuple[int, int]:
 
 
 def states(total: int, largest: int, gpus: int) -> list[tuple[str, float, float]]:
-    """(offloading, GiB of the CPU, GiB a GPU) by DeepSpeed's estimator; it prints, so its formulas are called and not its report."""
+    """(offloading, GiB of the CPU, GiB a GPU) by the formulas of DeepSpeed's estimator."""
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs as needs
 
     nodes, each = (max(1, gpus // 8), min(gpus, 8))
     found = []
     for name, optimizer, params in (("none", False, False), ("optimizer", True, False), ("optimizer and weights", True, True)):
-        with contextlib.redirect_stdout(io.StringIO()):
-            cpu, gpu, _ = needs(total, largest, each, nodes, cpu_offload=optimizer, cpu_offload_params=params, zero_init=True)
+        cpu, gpu, _ = needs(total, largest, each, nodes, cpu_offload=optimizer, cpu_offload_params=params, zero_init=True)
         found.append((name, cpu / GIB, gpu / GIB))
     return found
 
 
-def activations(config: Any, rows: int, width: int) -> dict[str, float]:
-    """GiB a GPU of one micro-batch."""
+def activations(config: Any, rows: int, width: int) -> tuple[float, float]:
+    """GiB a GPU of one micro-batch: with everything kept, with a checkpoint a layer."""
     tokens, layers, hidden = rows * width, config.num_hidden_layers, config.hidden_size
     kept = 34 * tokens * hidden * layers
     checkpointed = 2 * tokens * hidden * layers + 34 * tokens * hidden
     mask = rows * width * width
     logits = 2 * 4 * min(tokens, CHUNK) * config.vocab_size
-    return {"kept": (kept + mask + logits) / GIB, "a checkpoint a layer": (checkpointed + mask + logits) / GIB}
+    return (kept + mask + logits) / GIB, (checkpointed + mask + logits) / GIB
 
 
 def seconds(total: int, tokens: int, gpus: int, peak: float, share: float, passes: int) -> float:
@@ -96,7 +93,7 @@ def main() -> None:
     print("| ZeRO-3, offloaded | CPU GiB a node | states, GiB a GPU | + activations kept | + a checkpoint a layer |")
     print("| --- | --- | --- | --- | --- |")
     for name, cpu, gpu in states(total, largest, chosen.gpus):
-        sums = [gpu + size for size in activations(config, rows, settings.row_tokens).values()]
+        sums = [gpu + size for size in activations(config, rows, settings.row_tokens)]
         told = [f"{value:.0f} ({'fits' if value < 0.9 * room else 'does not fit'})" for value in sums]
         print(f"| {name} | {cpu:.0f} | {gpu:.0f} | {told[0]} | {told[1]} |")
     for passes, name in ((6, "kept"), (8, "a checkpoint a layer")):

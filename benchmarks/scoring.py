@@ -18,6 +18,7 @@ from typing import Any
 from deltalake import DeltaTable
 
 from benchmarks.stages import gr2, header
+from gr2 import pipeline
 from gr2.config import Config, load
 from gr2.context import Context
 from gr2.environment import set_defaults
@@ -28,27 +29,25 @@ from scoring.model import load as load_model
 from scoring.vllm_engine import VLLMEngine
 from spark_jobs.rerank_scores import asks
 
-MODEL, READ = "rl", ("candidates", "candidate_features", "items", "semantic_ids", "interactions")
+MODEL = "rl"
 
 
 def copied(root: Path, there: Path) -> None:
     """What the stage reads, in a root of its own: models by link, tables copied."""
     there.mkdir(parents=True)
     (there / "models").symlink_to(root.resolve() / "models")
-    for name in READ:
+    for name in pipeline.get("rerank_scores").reads:
         shutil.copytree(root / "tables" / name, there / "tables" / name)
 
 
-def bare(engine: VLLMEngine, ids: list[list[int]], most: int) -> tuple[float, int]:
-    """(seconds, tokens written) of one call of `LLM.generate` on ready prompts."""
+def bare(engine: VLLMEngine, ids: list[list[int]], most: int) -> float:
+    """Seconds of one call of `LLM.generate` on ready prompts."""
     from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
 
     started = time.perf_counter()
-    made = engine._llm.generate(
-        [TokensPrompt(prompt_token_ids=i) for i in ids], SamplingParams(max_tokens=most, temperature=0.0), use_tqdm=False
-    )
-    return time.perf_counter() - started, sum(len(output.outputs[0].token_ids) for output in made)
+    engine._llm.generate([TokensPrompt(prompt_token_ids=i) for i in ids], SamplingParams(max_tokens=most, temperature=0.0), use_tqdm=False)
+    return time.perf_counter() - started
 
 
 def of_transformers(path: Path, ids: list[list[int]], most: int, batch: int = 64) -> float:
@@ -72,15 +71,15 @@ def of_transformers(path: Path, ids: list[list[int]], most: int, batch: int = 64
     return time.perf_counter() - started
 
 
-def of_the_stage(profile: str, root: Path, settings: list[str]) -> tuple[float, float, str]:
-    """(seconds of the command, of the job alone, what it said of its engines)."""
+def of_the_stage(profile: str, root: Path, settings: list[str]) -> tuple[int, float, float, str]:
+    """(answers, seconds of the command, of its engine alone, what it said of its engines)."""
     started = time.perf_counter()
     gr2(profile, root, ["stage", "rerank_scores"], settings)
     whole = time.perf_counter() - started
     log = (root / "logs" / "gr2.log").read_text()
     table = DeltaTable(str(root / "tables" / "rerank_scores")).to_pyarrow_table(columns=["seconds"])
     said = re.findall(r"rerank_scores: (\d+ chunks answered.*)", log)
-    return whole, sum(table["seconds"].to_pylist()), said[-1] if said else ""
+    return table.num_rows, whole, sum(table["seconds"].to_pylist()), said[-1] if said else ""
 
 
 def main() -> None:
@@ -109,13 +108,12 @@ def _measure(profile: str, root: Path, there: Path, most: int) -> None:
     prompts, room = [row["prompt"] for row in table], table[0]["max_tokens"]
     scoring = cfg.model_copy(update={"scoring": cfg.scoring.model_copy(update={"models": {MODEL: ("score",)}})})
     of_score = asks(scoring, ctx, [model])["prompt"].to_pylist()[:most]
-    whole, job, said = of_the_stage(profile, there, settings)
-    count = _rows(there)
+    count, whole, job, said = of_the_stage(profile, there, settings)
     started = time.perf_counter()
     engine = VLLMEngine(model.path, cfg.scoring)
     start = time.perf_counter() - started
     ids = encode_all(engine.tokenizer, prompts)
-    generate, _ = bare(engine, ids, room)
+    generate = bare(engine, ids, room)
     again = time.perf_counter()
     engine.generate([Ask(str(i), prompt, room, 0.0, 0) for i, prompt in enumerate(prompts)])
     adapter = time.perf_counter() - again
@@ -136,10 +134,6 @@ def _measure(profile: str, root: Path, there: Path, most: int) -> None:
     print(f"| transformers | {len(some)} | {len(some) / slow:.1f} | vLLM {rate / (len(some) / slow):.1f} times as fast |")
     print(f"| score | {len(ids)} | {len(ids) / score:.1f} | {generate / score:.1f} times think |")
     print(f"\nThe stage: {said}", flush=True)
-
-
-def _rows(root: Path) -> int:
-    return int(DeltaTable(str(root / "tables" / "rerank_scores")).to_pyarrow_table(columns=["mode"]).num_rows)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import gzip
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +57,13 @@ def padded(examples: list[Example], rows: int) -> Iterator[Batch]:
     for start in range(0, len(order) - rows + 1, rows):
         part = [examples[i] for i in order[start : start + rows]]
         width = max(example.tokens for example in part)
-        alone = [pack([example], width, SEED) for example in part]
-        joined = {name: np.concatenate([getattr(rows, name) for rows in alone]) for name in COLUMNS}
-        yield to_batch(Rows(**joined, extra={}), slice(None))
+        yield to_batch(one_a_row(part, width), slice(None))
+
+
+def one_a_row(examples: Sequence[Example], width: int) -> Rows:
+    """Each example in a row of its own, filled up to the width."""
+    alone = [pack([example], width) for example in examples]
+    return Rows(**{name: np.concatenate([getattr(rows, name) for rows in alone]) for name in COLUMNS}, extra={})
 
 
 def bare(model: Any, settings: Training) -> Step:

@@ -1,6 +1,7 @@
 """Fixtures shared by all tiers: a context on a folder of its own, with one Spark session for the whole run."""
 
 import logging
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -29,6 +30,18 @@ def make_ctx(tmp_path: Path) -> Callable[..., Context]:
 def ctx(make_ctx: Callable[..., Context]) -> Context:
     """A context of the demo profile."""
     return make_ctx()
+
+
+@pytest.fixture(scope="session")
+def free_port() -> Callable[[], int]:
+    """Gives a port of this machine that nobody listens on."""
+
+    def find() -> int:
+        with socket.socket() as found:
+            found.bind(("127.0.0.1", 0))
+            return int(found.getsockname()[1])
+
+    return find
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.training import one_a_row
 from gr2 import PROJECT
 from gr2.config import Model, Training
 from gr2.errors import ConfigError, ModelError
 from scoring.model import build_model, build_vocabulary, load, save
 from training import checkpoints
-from training.data import Batch, Example, Rows, batches, pack, to_batch
+from training.data import Batch, Example, batches, pack, to_batch
 from training.loop import Engine, learned_states, learning_rate, open_engine, planned_steps, state_logprobs, token_logprobs, train
 
 pytestmark = pytest.mark.e2e
@@ -398,10 +399,7 @@ def test_packed_rows_train_like_padded_ones(tokenizer: Any) -> None:
     known, differences = examples(160), []
     for step in range(20):
         part = known[8 * step : 8 * step + 8]
-        padded = [pack([example], 48) for example in part]
-        columns = ("input_ids", "position_ids", "segment_ids", "weights")
-        apart = Rows(**{name: np.concatenate([getattr(rows, name) for rows in padded]) for name in columns}, extra={})
-        together = pack(part, 48)
+        apart, together = one_a_row(part, 48), pack(part, 48)
         assert len(together) < len(apart) == 8
         packed, alone = (e.backward_and_step(loss_fn, [to_batch(r, slice(None))]) for e, r in zip(engines, (together, apart), strict=True))
         differences.append(packed["loss"] - alone["loss"])

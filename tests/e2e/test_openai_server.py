@@ -1,12 +1,11 @@
 """vLLM's own server on a model that `save` wrote, alone, and our client of services against it."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -26,14 +25,12 @@ NAME, KEY = "tiny", "sk-of-this-server"
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+def served(tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], int]) -> Iterator[tuple[Path, str]]:
     """(folder of the model, URL); the server runs in an empty folder without our code."""
     home = tmp_path_factory.mktemp("served")
     tokenizer = build_vocabulary([*TEXTS, "some words to merge, some words"], 400, sid_tokens(2, 16), home / "vocabulary")
     save(build_model(SIZE, tokenizer, None, seed=3), tokenizer, home / "model")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     words = ["--model", str(home / "model"), "--served-model-name", NAME, "--host", "127.0.0.1", "--port", port, "--dtype", "float32"]
     words += ["--max-model-len", "256", "--enforce-eager", "--generation-config", "vllm", "--api-key", KEY]
     environment = {**os.environ, "PYTHONPATH": "", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -28,15 +27,8 @@ SPARK = "{spark.driver.host: 127.0.0.1, spark.driver.bindAddress: 127.0.0.1, spa
 SPARK_CLASS = Path(pyspark.__file__).parent / "bin" / "spark-class"
 
 
-def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
 @pytest.fixture
-def cluster(tmp_path) -> Iterator[tuple[str, str]]:
+def cluster(tmp_path, free_port) -> Iterator[tuple[str, str]]:
     """(master URL, address of the master's page); all three processes end with the test."""
     port, page = free_port(), free_port()
     master, package = f"spark://127.0.0.1:{port}", "org.apache.spark.deploy"

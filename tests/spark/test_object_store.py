@@ -1,7 +1,6 @@
 """On an S3 of this machine (moto's server): tables by URL, written by Spark, read with and without a JVM."""
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -35,13 +34,11 @@ TABLES = ("events", "quarantine", "items", "interactions", "histories", "impress
 
 
 @pytest.fixture(scope="module")
-def store() -> Iterator[str]:
+def store(free_port) -> Iterator[str]:
     """URL of the store, which holds the bucket `lake`; credentials are in the environment, where every reader looks for them."""
     if len(list(JARS.glob("*.jar"))) < len(S3A):
         retrieve(S3A, JARS)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     # A process of its own: delta-rs waits for it without letting other threads of this one run.
     server = subprocess.Popen([sys.executable, "-m", "moto.server", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     with pytest.MonkeyPatch.context() as patch:
