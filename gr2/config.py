@@ -12,24 +12,16 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from gr2 import PROJECT
 from gr2.errors import ConfigError
+from gr2.sections import Name, Positive, Section, Share, Training
 
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[int, Field(gt=0)]
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_+.-]*$")]
 PLACE = r"^([a-z0-9]+://([\w-]+@)?[\w.-]*(:\d+)?)?(/[\w.=/-]*)?$"  # a folder or a URL, without a password
-
-
-class Section(BaseModel):
-    """A frozen group of settings that refuses keys it does not know."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Paths(Section):
@@ -159,26 +151,6 @@ class Models(Section):
     vocabulary: Positive = 1536  # byte-level BPE, before labels and SID tokens are added
     student: Model = Model()
     teacher: Model = Model(hidden=256, layers=6, heads=8, kv_heads=8, mlp=704)
-
-
-class Training(Section):
-    """What every trainer shares. A stage's section holds one of these."""
-
-    epochs: float = Field(1.0, gt=0)
-    max_steps: int = Field(0, ge=0)  # 0: as many as the epochs give
-    tokens_per_batch: Positive = 4096
-    row_tokens: Positive = 512  # packed rows have this length; longer examples are refused by name
-    accumulation: Positive = 1
-    lr: float = Field(1e-3, gt=0)
-    warmup: Share = 0.05
-    weight_decay: float = Field(0.05, ge=0)
-    clip: float = Field(1.0, gt=0)
-    average: float = Field(0.0, ge=0.0, lt=1.0)  # decay of the averaged weights that are exported; 0: the last weights
-    checkpoint_every: int = Field(0, ge=0)  # steps; 0: none (an interrupted training starts again)
-    precision: Literal["bf16", "fp32"] = "bf16"  # of matrix products; weights and optimizer are fp32 either way
-    zero_stage: int = Field(1, ge=0, le=3)
-    processes: Positive = 1
-    deepspeed: str | None = None  # a file under conf/deepspeed that replaces the built-in configuration
 
 
 class Midtrain(Section):
@@ -395,6 +367,7 @@ class Config(Section):
 
     profile: Name = "demo"
     seed: int = 13
+    tracker: Literal["none", "tensorboard", "mlflow"] = "none"  # mirrors the metrics.jsonl of every language model
     paths: Paths = Paths()
     data: Data = Data()
     simulator: Simulator = Simulator()
@@ -426,8 +399,13 @@ class Config(Section):
             raise ValueError("candidates.n must be at most 20: there are 20 labels")
         if self.data.source == "files" and not self.data.events.files:
             raise ValueError("data.source is files: say which in data.events.files, such as ['clicks/*.parquet']")
-        if any(t.processes > 1 or t.checkpoint_every for t in (self.rl.student, self.rl.teacher, self.opd.train)):
-            raise ValueError("rl and opd train in one process and go on from their rollouts: leave out processes and checkpoint_every")
+        if any(t.processes > 1 or t.checkpoint_every or t.lora for t in (self.rl.student, self.rl.teacher, self.opd.train)):
+            raise ValueError(
+                "rl and opd train in one process, hand their sampler whole weights and go on from their rollouts: "
+                "leave out processes, lora and checkpoint_every"
+            )
+        if any(t.lora and not t.lora.tables for t in (self.midtrain.student, self.midtrain.teacher, self.midtrain.refit)):
+            raise ValueError("midtrain teaches the rows of semantic IDs: with lora, set lora.tables to true")
         return self
 
     def digest(self, *sections: str) -> str:

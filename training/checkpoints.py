@@ -1,11 +1,11 @@
 """Checkpoints of a training: whole or not there, verified before they are read, removed when the training is done.
 
-    <home>/step-000200/        engine/ (DeepSpeed's own files), average.safetensors, metrics.jsonl, state.json, manifest.json
+    <home>/step-000200/        state-00001.safetensors..., metrics.jsonl, state.json, manifest.json
     <home>/latest.json         {"folder": ...}, replaced atomically once the folder is complete
 
-A kill while saving, or a full disk, leaves the last good checkpoint in its place. DeepSpeed's files are pickled: they are the one exception
-to "only safetensors", so they are read only from under a folder that this installation wrote, after every file's SHA-256 agrees with the
-manifest.
+What is stored is AdamW's state by parameter (fp32 weight, both moments, the averaged weight), whole, so a training goes on at another ZeRO
+stage or with another number of processes: bit for bit at the same ones, within rounding at others. No DeepSpeed file, no pickle.
+A kill while saving, or a full disk, leaves the last good checkpoint in its place.
 """
 
 import hashlib
@@ -13,12 +13,17 @@ import json
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from gr2.errors import ModelError
+
+SHARD = 2**31  # bytes after which a file of tensors is closed: what the first process holds at once
+WEIGHT, MOMENTS, AVERAGE = "weight", ("exp_avg", "exp_avg_sq"), "average"
 
 
 def save(engine: Any, home: Path, state: dict[str, Any], curve: Path) -> Path | None:
@@ -29,12 +34,9 @@ def save(engine: Any, home: Path, state: dict[str, Any], curve: Path) -> Path | 
         shutil.rmtree(draft, ignore_errors=True)  # of a run that was killed here
         draft.mkdir(parents=True)
     dist.barrier()
-    engine.deepspeed.save_checkpoint(str(draft), tag="engine", save_latest=False)
-    dist.barrier()
+    _write(_tensors(engine), draft if dist.get_rank() == 0 else None)
     if dist.get_rank() != 0:
         return None
-    if engine.average:
-        _save_average(engine.average, draft / "average.safetensors")
     shutil.copyfile(curve, draft / "metrics.jsonl")
     stand = {"step": engine.step, "world": dist.get_world_size(), "zero_stage": engine.settings.zero_stage, **state}
     (draft / "state.json").write_text(json.dumps(stand, indent=1))
@@ -60,7 +62,8 @@ def discard(home: Path) -> None:
 def load(engine: Any, home: Path, fingerprint: str, curve: Path) -> dict[str, Any] | None:
     """Restores the latest checkpoint of the same training and returns its state; None where there is none.
 
-    Raises ModelError where a file differs from the manifest, or where the ZeRO stage or the number of processes has changed.
+    It may come from another ZeRO stage and number of processes. Raises ModelError where a file differs from the manifest, or where it
+    holds other tensors than this training has.
     """
     folder = latest(home)
     if folder is None:
@@ -69,13 +72,7 @@ def load(engine: Any, home: Path, fingerprint: str, curve: Path) -> dict[str, An
     state = dict(json.loads((folder / "state.json").read_text()))
     if state["fingerprint"] != fingerprint:
         return None
-    if (state["world"], state["zero_stage"]) != (dist.get_world_size(), engine.settings.zero_stage):
-        raise ModelError(f"{folder} was written by {state['world']} processes at ZeRO stage {state['zero_stage']}: resume so, or remove it")
-    found, _ = engine.deepspeed.load_checkpoint(str(folder), tag="engine")
-    if found is None:
-        raise ModelError(f"DeepSpeed could not read {folder}: remove it to start again")
-    if engine.average:
-        _load_average(engine.average, folder / "average.safetensors", int(state["step"]))
+    _restore(engine, folder, int(state["step"]))
     if dist.get_rank() == 0:
         shutil.copyfile(folder / "metrics.jsonl", curve)
     engine.step = int(state["step"])
@@ -131,15 +128,100 @@ def _digests(folder: Path) -> dict[str, str]:
     return digests
 
 
-def _save_average(average: Any, path: Path) -> None:
+# -- tensors, whole and by name ---------------------------------------------------------------------------------------
+
+
+def _trained(engine: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Every trained parameter once, in the model's order, which is that of the averaged weights. Frozen ones are the start's."""
+    return ((name, parameter) for name, parameter in engine.model.named_parameters() if parameter.requires_grad)
+
+
+def _tensors(engine: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """`(parameter/kind, fp32 tensor)`, gathered one after the other: all ranks walk through together."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    averaged = iter(engine.average.weights if engine.average else [])
+    for name, parameter in _trained(engine):
+        if engine.settings.zero_stage:
+            yield f"{name}/{WEIGHT}", safe_get_full_fp32_param(parameter)
+            yield from ((f"{name}/{kind}", safe_get_full_optimizer_state(parameter, kind)) for kind in MOMENTS)
+        else:
+            yield f"{name}/{WEIGHT}", parameter.data
+            yield from ((f"{name}/{kind}", engine.optimizer.state[parameter][kind]) for kind in MOMENTS)
+        if engine.average:
+            yield f"{name}/{AVERAGE}", next(averaged)
+
+
+def _write(tensors: Iterator[tuple[str, torch.Tensor]], draft: Path | None) -> None:
+    """Writes tensors as files of about SHARD bytes; without a folder they are only walked through."""
     from safetensors.torch import save_file
 
-    save_file({str(i): weight.contiguous() for i, weight in enumerate(average.weights)}, path)
+    shard: dict[str, torch.Tensor] = {}
+    size, number = 0, 0
+    for name, tensor in tensors:
+        if draft is None:
+            continue
+        shard[name] = tensor.detach().cpu().contiguous()
+        size += tensor.nbytes
+        if size >= SHARD:
+            number += 1
+            save_file(shard, draft / f"state-{number:05d}.safetensors")
+            shard, size = {}, 0
+    if draft is not None and shard:
+        save_file(shard, draft / f"state-{number + 1:05d}.safetensors")
 
 
-def _load_average(average: Any, path: Path, step: int) -> None:
-    from safetensors.torch import load_file
+def _restore(engine: Any, folder: Path, step: int) -> None:
+    """Puts weights, AdamW's state and averages where the checkpoint stands, each rank its own part."""
+    from safetensors import safe_open
 
-    stored = load_file(path)
-    average.weights = [stored[str(i)].to(weight.device) for i, weight in enumerate(average.weights)]
-    average.count = step
+    files = [safe_open(path, "pt") for path in sorted(folder.glob("state-*.safetensors"))]
+    place = {name: file for file in files for name in file.keys()}  # noqa: SIM118 - no dictionary
+    kinds = (WEIGHT, *MOMENTS, *([AVERAGE] if engine.average else []))
+    wanted = {f"{name}/{kind}" for name, _ in _trained(engine) for kind in kinds}
+    if other := sorted(wanted ^ place.keys()):
+        raise ModelError(f"checkpoint {folder} is not of this model ({other[0]}): remove it to start again")
+    averages = []
+    for name, parameter in _trained(engine):
+        for kind in (WEIGHT, *MOMENTS):
+            _put(engine, parameter, kind, place[f"{name}/{kind}"].get_tensor(f"{name}/{kind}").to(engine.device))
+        if engine.average:
+            averages.append(place[f"{name}/{AVERAGE}"].get_tensor(f"{name}/{AVERAGE}").to(engine.device))
+    for state in engine.optimizer.state.values():
+        state["step"].fill_(step)
+    if engine.average:
+        engine.average.weights, engine.average.count = averages, step
+
+
+def make_state(engine: Any) -> None:
+    """Gives AdamW its state before the first step, as zeros.
+
+    DeepSpeed links the state to parameters once, at the first group's first step, when that of the other groups is not there yet.
+    """
+    stage, zero, optimizer = engine.settings.zero_stage, engine.deepspeed.optimizer, engine.optimizer
+    groups = [p for group in optimizer.param_groups for p in group["params"]]
+    for part in zero.fp32_partitioned_groups_flat if stage == 3 else groups:
+        count = torch.zeros((), device=part.device if optimizer.defaults["fused"] else "cpu")
+        optimizer.state[part] = {"step": count, **{kind: torch.zeros_like(part) for kind in MOMENTS}}
+    if stage in (1, 2):
+        zero._lazy_init_hp_params_optimizer_state()
+
+
+def _put(engine: Any, parameter: Any, kind: str, value: torch.Tensor) -> None:
+    """Sets this rank's part of a parameter's weight or moment from the whole."""
+    import deepspeed
+    from deepspeed import utils
+
+    stage = engine.settings.zero_stage
+    if kind == WEIGHT:
+        with torch.no_grad(), deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=stage == 3):
+            parameter.data.copy_(value)
+    if stage == 3:
+        own = parameter.ds_tensor.numel()
+        filled = torch.nn.functional.pad(value.flatten(), (0, own * dist.get_world_size() - value.numel()))
+        part = filled.narrow(0, own * dist.get_rank(), own)
+        utils.safe_set_local_fp32_param(parameter, part) if kind == WEIGHT else utils.safe_set_local_optimizer_state(parameter, part, kind)
+    elif stage:
+        utils.safe_set_full_fp32_param(parameter, value) if kind == WEIGHT else utils.safe_set_full_optimizer_state(parameter, value, kind)
+    elif kind != WEIGHT:
+        engine.optimizer.state[parameter][kind].copy_(value)

@@ -91,9 +91,9 @@ def _published(ctx: Context, name: str, wanted: str) -> Summary | None:
 def manifest_of(cfg: Config, stage: str, name: str, settings: Training, inputs: dict[str, Any]) -> dict[str, Any]:
     """What decided a model: its inputs by version and hash, the seed, the settings; `fingerprint` is the hash of all that does.
 
-    A checkpoint, or a published model, of another fingerprint is not taken up.
+    A checkpoint, or a published model, of another fingerprint is not taken up. How it is run (ZeRO stage, processes) does not count.
     """
-    decides = {"name": name, "inputs": inputs, **pipeline.settings_of(pipeline.get(stage), _alone(cfg, settings))}
+    decides = {"name": name, "inputs": inputs, **pipeline.settings_of(pipeline.get(stage), _alone(cfg, settings.what()))}
     return {
         "inputs": inputs,
         "seed": cfg.seed,

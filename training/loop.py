@@ -29,8 +29,9 @@ from gr2.config import Training
 from gr2.environment import set_defaults
 from gr2.errors import ConfigError, ModelError
 from scoring.model import autocast, hidden_states
-from training import checkpoints
+from training import checkpoints, lora
 from training.data import Batch, Loader
+from training.trackers import open_tracker
 
 LossFn = Callable[[Any, Any], tuple[torch.Tensor, dict[str, float | torch.Tensor]]]
 BETAS = (0.9, 0.95)
@@ -52,12 +53,13 @@ def planned_steps(loader: Loader, settings: Training) -> int:
 
 
 def learning_rate(settings: Training, step: int, total: int) -> float:
-    """Linear warm-up, then a cosine down to a tenth. `step` counts from 0."""
+    """Linear warm-up, then what `settings.schedule` says: a cosine or a line down to a tenth, or level. `step` counts from 0."""
     warmup = max(1, round(settings.warmup * total))
     if step < warmup:
         return settings.lr * (step + 1) / warmup
-    progress = (step - warmup) / max(1, total - warmup)
-    return settings.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, progress))))
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    left = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}[settings.schedule]
+    return settings.lr * (0.1 + 0.9 * left)
 
 
 # -- log-probabilities ------------------------------------------------------------------------------------------------
@@ -109,7 +111,7 @@ class _Shell(torch.nn.Module):
 
 
 class Engine:
-    """A model under DeepSpeed (ZeRO, clipping, AdamW with fp32 weights). `step` counts finished optimizer steps."""
+    """A model under DeepSpeed (ZeRO, clipping, AdamW with fp32 weights; LoRA if asked). `step` counts finished optimizer steps."""
 
     def __init__(self, model: Any, settings: Training, total_steps: int, seed: int = 0) -> None:
         self.model, self.settings, self.total_steps, self.seed, self.step = model, settings, total_steps, seed, 0
@@ -118,9 +120,14 @@ class Engine:
 
         config = _deepspeed_config(settings)
         native = bool(config.get("bf16", {}).get("enabled"))
+        if not native:
+            model.float()  # many bases are stored in bf16
+        self.tuner = lora.adapt(model, settings.lora, seed) if settings.lora else None
         shell = _Shell(model, settings.precision == "bf16" and not native)
-        optimizer = torch.optim.AdamW(_groups(shell, settings.weight_decay), lr=settings.lr, betas=BETAS, fused=settings.zero_stage < 3)
-        self.deepspeed = deepspeed.initialize(model=shell, optimizer=optimizer, config=config, dist_init_required=False)[0]
+        groups = _groups(shell, settings.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=BETAS, fused=settings.zero_stage < 3)
+        self.deepspeed = deepspeed.initialize(model=shell, optimizer=self.optimizer, config=config, dist_init_required=False)[0]
+        checkpoints.make_state(self)
         self.average = Average(model, settings.average) if settings.average else None
 
     @property
@@ -157,15 +164,17 @@ class Engine:
         return {**totals, "grad_norm": float(self.deepspeed.get_global_grad_norm() or 0.0), "lr": lr}
 
     def close(self) -> None:
-        """Ends training: whole (averaged, if asked) weights are left in `model`, in eval mode, and the engine's memory is freed."""
+        """Ends training: whole (averaged, if asked; merged) weights are left in `model`, in eval mode, and the engine's memory is freed."""
         weights = self._whole_weights()
         self.deepspeed.destroy()
         for parameter, weight in zip(self.model.parameters(), weights, strict=True):
             parameter.data, parameter.grad = weight, None
         if self.average:
             self.average.copy_to(self.model)
+        if self.tuner is not None:
+            lora.merge(self.tuner)
         self.model.eval()
-        del self.deepspeed
+        del self.deepspeed, self.optimizer
         gc.collect()
 
     def _whole_weights(self) -> list[torch.Tensor]:
@@ -315,14 +324,16 @@ def train(
 
     `steps` gives micro-batches, `settings.accumulation` a step; with `state_dict`/`load_state_dict` it is resumable. `folder` gets
     `metrics.jsonl`, a line a step. With `checkpoint` (a folder) and `settings.checkpoint_every`, an interrupted training with the same
-    `fingerprint` (what decides the result: settings and data) goes on where the last whole checkpoint stands, bit for bit at the same ZeRO
-    stage and world size. The checkpoint is removed at the end. `validate(model)` adds its floats to the lines of its steps.
+    `fingerprint` (what decides the result: settings and data) goes on where the last whole checkpoint stands: bit for bit at the same ZeRO
+    stage and world size, within rounding at others. The checkpoint is removed at the end. `validate(model)` adds its floats to the lines of
+    its steps.
     """
     engine = Engine(model, settings, total_steps, seed)
     curve = folder / "metrics.jsonl"
     if rank() == 0:
         curve.write_text("")
     tokens, seconds = _resume(engine, steps, checkpoint, fingerprint, curve, ctx)
+    tracker = open_tracker(ctx, f"{label}-{fingerprint}", engine.step, rank() == 0)
     stream, last = iter(steps), {"loss": math.nan}
     started = time.monotonic() - seconds
     for _ in _tracked(range(engine.step, total_steps), label, total_steps, ctx):
@@ -336,11 +347,13 @@ def train(
             line = {"step": engine.step, **last, "tokens": tokens, "seconds": round(seconds, 3)}
             with curve.open("a") as file:
                 file.write(json.dumps(line) + "\n")
+            tracker.log(line)
         due = settings.checkpoint_every and engine.step % settings.checkpoint_every == 0 and engine.step < total_steps
         if checkpoint and due:
             stand = steps.state_dict() if hasattr(steps, "state_dict") else {}
             _save(engine, checkpoint, {"fingerprint": fingerprint, "loader": stand, "tokens": tokens, "seconds": seconds}, curve, ctx)
     engine.close()
+    tracker.close()
     if checkpoint:
         checkpoints.clear(checkpoint)
     return Summary(total_steps, tokens, time.monotonic() - started, float(last["loss"]))
@@ -348,9 +361,11 @@ def train(
 
 def _save(engine: Engine, checkpoint: Path, state: dict[str, Any], curve: Path, ctx: Any) -> None:
     """A checkpoint; where the disk has no room for it, training goes on with the one before (several processes stop: they would wait)."""
+    from safetensors import SafetensorError
+
     try:
         checkpoints.save(engine, checkpoint, state, curve)
-    except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
+    except (OSError, SafetensorError) as error:
         if world() > 1:
             raise
         checkpoints.discard(checkpoint)

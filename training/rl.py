@@ -37,6 +37,7 @@ from training.loop import Engine, open_engine
 from training.losses import opd_advantages
 from training.policy import Ratios, add_logprobs, policy_loss, trees
 from training.rollouts import Deck, Rollout, Task
+from training.trackers import open_tracker
 
 PATIENCE = 3  # steps in a row without anything to learn from, after which a training ends
 
@@ -125,7 +126,7 @@ class Policy:
 
     def __init__(self, cfg: Config, ctx: Context, plan: Plan, run_id: str, model: Any, teacher: Any, curve: Path) -> None:
         self.cfg, self.ctx, self.plan, self.run_id, self.model, self.teacher = cfg, ctx, plan, run_id, model, teacher
-        self.curve, self.folder = curve, ctx.work("rollouts", run_id)
+        self.curve, self.folder, self.tracker = curve, ctx.work("rollouts", run_id), open_tracker(ctx, run_id, 0)
         self.steps = max(1, plan.settings.max_steps)
         self.engine = open_engine(model, plan.settings, self.steps * cfg.rl.updates, cfg.seed)
         self.sampler = Sampler(cfg, plan.start, self.engine)
@@ -153,6 +154,7 @@ class Policy:
                     f"{self.run_id}: stopped: no group of the last {idle} steps had variance; look at what {self.plan.start.id} writes"
                 )
                 break
+        self.tracker.close()
         self.engine.close()
         self.sampler.close()  # last: vLLM ends the process group that both are in
         self.model.load_state_dict(best, strict=False)  # a tied head is stored once
@@ -208,6 +210,7 @@ class Policy:
         line |= {"seconds": round(time.monotonic() - self.started, 3), "alarms": samples.alarms(line)}
         with self.curve.open("a") as file:
             file.write(json.dumps(line) + "\n")
+        self.tracker.log(line)
         told: dict[str, float] = {k: line[k] for k in ("reward", "invalid", "identity", "dropped", "length") if k in line}
         alarm = f"; ALARM: {', '.join(line['alarms'])}" if line["alarms"] else ""
         self.ctx.log(f"{self.run_id} step {line['step']}: {_shown(told)}{alarm}")

@@ -1,10 +1,9 @@
 """The training loop: packing and accumulation change nothing, a stopped training goes on bit for bit, what comes out is a plain model."""
 
-import errno
 import json
 import os
 import random
-import shutil
+import resource
 import subprocess
 import sys
 from dataclasses import replace
@@ -98,13 +97,16 @@ def test_chunks_of_the_head_change_neither_values_nor_gradients(tokenizer: Any) 
     torch.testing.assert_close(*grads, atol=1e-5, rtol=1e-4)
 
 
-def test_learning_rate_warms_up_and_falls_to_a_tenth() -> None:
-    settings = Training(lr=1.0, warmup=0.1)
+@pytest.mark.parametrize(("schedule", "middle", "end"), [("cosine", 0.55, 0.1), ("linear", 0.55, 0.11), ("constant", 1.0, 1.0)])
+def test_learning_rate_warms_up_and_falls_to_a_tenth_or_stays(schedule: Any, middle: float, end: float) -> None:
+    settings = Training(lr=1.0, warmup=0.1, schedule=schedule)
     rates = [learning_rate(settings, step, 100) for step in range(100)]
     assert rates[0] == pytest.approx(0.1)
     assert max(rates) == rates[9] == 1.0
-    assert rates[-1] == pytest.approx(0.1, abs=1e-3)
+    assert rates[55] == pytest.approx(middle)
+    assert rates[-1] == pytest.approx(end, abs=1e-3)
     assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert (rates[20] - rates[30] == pytest.approx(rates[60] - rates[70])) == (schedule != "cosine")
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -151,7 +153,7 @@ def stop_after(calls: int) -> Any:
     return stopping
 
 
-@pytest.mark.parametrize(("stage", "average"), [(1, 0.9), (3, 0.0)])
+@pytest.mark.parametrize(("stage", "average"), [(0, 0.0), (1, 0.9), (2, 0.0), (3, 0.0)])
 def test_a_stopped_training_goes_on_bit_for_bit(tokenizer: Any, tmp_path: Path, stage: int, average: float) -> None:
     settings = FAST.model_copy(
         update={"zero_stage": stage, "average": average, "checkpoint_every": 4, "accumulation": 2, "precision": "bf16"}
@@ -170,22 +172,42 @@ def test_a_stopped_training_goes_on_bit_for_bit(tokenizer: Any, tmp_path: Path, 
     assert checkpoints.latest(home) is None  # removed at the end
 
 
+@pytest.mark.parametrize(("first", "then", "average"), [(1, 2, 0.9), (2, 3, 0.0), (3, 1, 0.0), (1, 0, 0.9)])
+def test_a_stopped_training_goes_on_at_another_stage(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: int, then: int, average: float
+) -> None:
+    monkeypatch.setattr(checkpoints, "SHARD", 20_000)  # several files
+    settings = FAST.model_copy(update={"max_steps": 24, "checkpoint_every": 4, "average": average, "zero_stage": first})
+    whole, curve = run(tokenizer, tmp_path / "whole", settings)
+    home = tmp_path / "checkpoint"
+    with pytest.raises(Stop):
+        run(tokenizer, tmp_path / "stopped", settings, loss=stop_after(5), checkpoint=home, fingerprint="a")
+    assert len(list(home.glob("step-000004/state-*.safetensors"))) > 3
+    other, again = run(tokenizer, tmp_path / "on", settings.model_copy(update={"zero_stage": then}), checkpoint=home, fingerprint="a")
+    assert again[:4] == curve[:4]
+    assert [line["loss"] for line in again[4:]] == pytest.approx([line["loss"] for line in curve[4:]], rel=1e-3)
+    for a, b in zip(other.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
+
+
 def test_a_broken_checkpoint_is_refused_and_a_foreign_one_ignored(tokenizer: Any, tmp_path: Path) -> None:
     settings, home = FAST.model_copy(update={"checkpoint_every": 2}), tmp_path / "checkpoint"
     with pytest.raises(Stop):
         run(tokenizer, tmp_path / "stopped", settings, loss=stop_after(5), checkpoint=home, fingerprint="a")
     kept = checkpoints.latest(home)
     assert kept is not None
-    victim = next(kept.rglob("*optim_states.pt"))
+    victim = kept / "state-00001.safetensors"
     content = victim.read_bytes()
     victim.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(ModelError, match="differs from its manifest"):
         run(tokenizer, tmp_path / "broken", settings, checkpoint=home, fingerprint="a")
     victim.write_bytes(content)
-    (kept / "extra.pt").write_bytes(b"x")
-    with pytest.raises(ModelError, match=r"extra\.pt"):
+    (kept / "extra.safetensors").write_bytes(b"x")
+    with pytest.raises(ModelError, match=r"extra\.safetensors"):
         checkpoints.verify(kept)
-    (kept / "extra.pt").unlink()
+    (kept / "extra.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"not of this model \(.*/average\)"):
+        run(tokenizer, tmp_path / "averaged", settings.model_copy(update={"average": 0.9}), checkpoint=home, fingerprint="a")
     _, curve = run(tokenizer, tmp_path / "other", settings, checkpoint=home, fingerprint="b")
     assert curve[0]["step"] == 1
     assert len(curve) == 12
@@ -239,6 +261,23 @@ def test_bf16_trains_like_fp32_on_fp32_weights(tokenizer: Any, tmp_path: Path) -
     assert low[0]["loss"] != full[0]["loss"]
 
 
+@pytest.mark.parametrize("name", ["zero2", "zero3", "zero3_offload"])
+def test_every_deepspeed_file_trains_and_goes_on_bit_for_bit(tokenizer: Any, tmp_path: Path, name: str) -> None:
+    """In bf16 throughout, but for the fp32 weights that DeepSpeed keeps: a checkpoint must hold these."""
+    own = FAST.model_copy(update={"zero_stage": int(name[4]), "precision": "bf16"})
+    settings = own.model_copy(update={"deepspeed": f"{name}.json", "checkpoint_every": 4})
+    model, curve = run(tokenizer, tmp_path / "whole", settings)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    built_in = run(tokenizer, tmp_path / "own", own)[1]
+    assert [line["loss"] for line in curve] == pytest.approx([line["loss"] for line in built_in], rel=0.02)
+    home = tmp_path / "checkpoint"
+    with pytest.raises(Stop):
+        run(tokenizer, tmp_path / "stopped", settings, loss=stop_after(6), checkpoint=home, fingerprint="a")
+    resumed, again = run(tokenizer, tmp_path / "resumed", settings, checkpoint=home, fingerprint="a")
+    assert again == curve
+    assert same_weights(resumed, model)
+
+
 def test_validation_joins_the_curve(tokenizer: Any, tmp_path: Path) -> None:
     _, curve = run(tokenizer, tmp_path, validate=lambda model: {"training": float(model.training)}, validate_every=5)
     assert [line["step"] for line in curve if "valid_training" in line] == [5, 10, 12]
@@ -289,7 +328,7 @@ model = build_model(t.TINY.model_copy(update={"dropout": 0.0}), AutoTokenizer.fr
 loader = batches(pack(t.examples(), 48), 192, seed=9, rank=rank(), world=world())
 folder.mkdir(exist_ok=True)
 home = folder / "checkpoint" if every else None
-train(model, loader, loss_fn, settings, folder=folder, total_steps=12, seed=1, checkpoint=home, fingerprint="a")
+train(model, loader, loss_fn, settings, folder=folder, total_steps=24, seed=1, checkpoint=home, fingerprint="a")
 """
 
 
@@ -344,20 +383,31 @@ def test_two_killed_processes_go_on_bit_for_bit(launch: Launcher) -> None:
     assert launch("killed", stage=3, count=2, every=4) == whole
 
 
-def test_a_full_disk_costs_a_checkpoint_and_no_more(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_process_goes_on_as_two_and_back(launch: Launcher) -> None:
+    whole = launch("whole", stage=1)
+    died = launch("killed", stage=1, every=4, deadly="batch-5")
+    assert died == whole[:5]
+    assert len(launch("killed", stage=2, count=2, every=4, deadly="batch-9")) == 4 + 9
+    again = launch("killed", stage=1, every=4)
+    for name in ("loss", "grad_norm", "lr", "tokens"):
+        assert [line[name] for line in again] == pytest.approx([line[name] for line in whole], rel=1e-3), name
+
+
+def test_a_full_disk_costs_a_checkpoint_and_no_more(tokenizer: Any, tmp_path: Path) -> None:
     settings, home = FAST.model_copy(update={"checkpoint_every": 3}), tmp_path / "checkpoint"
     _, curve = run(tokenizer, tmp_path / "whole", settings)
-    copy, calls = shutil.copyfile, iter(range(1))
+    before, stopping = resource.getrlimit(resource.RLIMIT_FSIZE), stop_after(10)
 
-    def full(source: Path, target: Path) -> Path:
-        if next(calls, None) is None:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return copy(source, target)
+    def filling(model: Any, batch: Batch) -> Any:
+        if (found := checkpoints.latest(home)) is not None:  # from the second checkpoint on its file has no room
+            resource.setrlimit(resource.RLIMIT_FSIZE, ((found / "state-00001.safetensors").stat().st_size - 1, before[1]))
+        return stopping(model, batch)
 
-    monkeypatch.setattr(checkpoints.shutil, "copyfile", full)  # from the second checkpoint on
-    with pytest.raises(Stop):
-        run(tokenizer, tmp_path / "stopped", settings, loss=stop_after(10), checkpoint=home, fingerprint="a")
-    monkeypatch.undo()
+    try:
+        with pytest.raises(Stop):
+            run(tokenizer, tmp_path / "stopped", settings, loss=filling, checkpoint=home, fingerprint="a")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert sorted(p.name for p in home.iterdir()) == ["latest.json", "step-000003"], "no half checkpoint fills the disk further"
     _, again = run(tokenizer, tmp_path / "resumed", settings, checkpoint=home, fingerprint="a")
     assert again == curve

@@ -15,8 +15,8 @@ pytestmark = pytest.mark.unit
 
 def make(folder: Path, content: bytes = b"weights") -> Path:
     """A checkpoint as `save` leaves it, without an engine."""
-    (folder / "engine").mkdir(parents=True, exist_ok=True)
-    (folder / "engine" / "states.pt").write_bytes(content)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "state-00001.safetensors").write_bytes(content)
     (folder / "state.json").write_text("{}")
     (folder / "manifest.json").write_text(json.dumps(checkpoints._digests(folder)))
     return folder
@@ -32,8 +32,8 @@ def test_any_changed_byte_is_found(tmp_path: Path, content: bytes, data: st.Data
     folder = make(tmp_path / "step-000001", content)
     place = data.draw(st.integers(0, len(content) - 1))
     changed = bytes([content[place] ^ data.draw(st.integers(1, 255))])
-    (folder / "engine" / "states.pt").write_bytes(content[:place] + changed + content[place + 1 :])
-    with pytest.raises(ModelError, match=r"engine/states\.pt"):
+    (folder / "state-00001.safetensors").write_bytes(content[:place] + changed + content[place + 1 :])
+    with pytest.raises(ModelError, match=r"state-00001\.safetensors"):
         checkpoints.verify(folder)
 
 
@@ -41,9 +41,9 @@ def test_any_changed_byte_is_found(tmp_path: Path, content: bytes, data: st.Data
 def test_any_other_set_of_files_is_refused(tmp_path: Path, harm: str) -> None:
     folder = make(tmp_path / "step-000001")
     if harm == "missing":
-        (folder / "engine" / "states.pt").unlink()
+        (folder / "state-00001.safetensors").unlink()
     elif harm == "added":
-        (folder / "engine" / "more.pt").write_bytes(b"x")
+        (folder / "state-00002.safetensors").write_bytes(b"x")
     elif harm == "no manifest":
         (folder / "manifest.json").unlink()
     else:

@@ -1,0 +1,51 @@
+"""What the sections of a profile are made of, and what every trainer is told. `gr2.config` puts them together."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(gt=0)]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_+.-]*$")]
+
+
+class Section(BaseModel):
+    """A frozen group of settings that refuses keys it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Lora(Section):
+    """Low-rank adapters in place of all weights (arXiv 2106.09685); what is exported is the merged model."""
+
+    rank: Positive = 16
+    alpha: Positive = 32  # the adapter counts alpha / rank
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # matrices, by name's end
+    tables: bool = False  # the token tables are trained whole beside it, which new semantic-ID rows need (mid-training); else frozen
+
+
+class Training(Section):
+    """What every trainer shares. A stage's section holds one of these."""
+
+    epochs: float = Field(1.0, gt=0)
+    max_steps: int = Field(0, ge=0)  # 0: as many as the epochs give
+    tokens_per_batch: Positive = 4096
+    row_tokens: Positive = 512  # packed rows have this length; longer examples are refused by name
+    accumulation: Positive = 1
+    lr: float = Field(1e-3, gt=0)
+    warmup: Share = 0.05
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after the warm-up: down to a tenth on a cosine or a line, or level
+    weight_decay: float = Field(0.05, ge=0)
+    clip: float = Field(1.0, gt=0)
+    lora: Lora | None = None
+    average: float = Field(0.0, ge=0.0, lt=1.0)  # decay of the averaged weights that are exported; 0: the last weights
+    checkpoint_every: int = Field(0, ge=0)  # steps; 0: none (an interrupted training starts again)
+    precision: Literal["bf16", "fp32"] = "bf16"  # of matrix products; weights and optimizer are fp32 either way
+    zero_stage: int = Field(1, ge=0, le=3)
+    processes: Positive = 1
+    deepspeed: str | None = None  # a file under conf/deepspeed that replaces the built-in configuration
+
+    def what(self) -> "Training":
+        """These settings without how they are run, which changes a result by rounding alone: checkpoints go on at other ZeRO stages."""
+        how = ("checkpoint_every", "zero_stage", "processes", "deepspeed")
+        return self.model_copy(update={name: Training.model_fields[name].default for name in how})
