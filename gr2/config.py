@@ -154,11 +154,10 @@ class Models(Section):
 
 
 class Midtrain(Section):
-    """The mix of METHOD 3. `history` is the sequence task, whose prefixes are its sliding windows; the others have a share of examples."""
+    """The mix of METHOD 3: `history`, the sequence task, and shares of others. `refit` goes on with all but the last two splits."""
 
     student: Training = Training(epochs=15, lr=2e-3, row_tokens=128, tokens_per_batch=2048, weight_decay=0.1, average=0.95)
     teacher: Training = Training(epochs=4, lr=1.5e-3, row_tokens=128, tokens_per_batch=2048, weight_decay=0.1, average=0.95)
-    # continues the student on all but the last two splits
     refit: Training = Training(epochs=2, lr=5e-4, row_tokens=128, tokens_per_batch=2048, weight_decay=0.1, average=0.95)
     titles: float = Field(0.05, ge=0)  # examples over users
     persona: float = Field(0.05, ge=0)
@@ -168,6 +167,7 @@ class Midtrain(Section):
     history_items: Positive = 24  # longest window; a longer history is cut into windows that overlap by half
     item_dropout: Share = 0.1  # share of items left out of a history, drawn anew each epoch
     item_weight: float = Field(0.5, ge=0)  # of the loss on whole items beside tokens; 0: none (catalogues that a softmax cannot hold)
+    window_examples: Positive = 250_000  # texts in memory at once, over all processes; a table of more is read in windows of a drawn order
     held_out: Positive = 512  # users whose items in the rerank split, which fit `train` does not hold, give the held-out loss
 
 

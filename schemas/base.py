@@ -46,6 +46,7 @@ class Table:
     unique: tuple[tuple[str, ...], ...] = ()  # further sets of columns that are unique together
     min_rows: int = 0  # fewer published rows fail the audit
     change_feed: bool = False  # later stages read what changed since they last ran
+    sort_by: tuple[str, ...] = ()  # files hold disjoint ranges of these columns and are sorted by them: for readers of ranges
     layout: str = ""  # why its files lie as they do
 
     def arrow(self) -> pa.Schema:

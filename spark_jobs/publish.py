@@ -194,7 +194,11 @@ def _published(ctx: Context, table: Table, where: str | None) -> tuple[int, str]
 
 def _replace(ctx: Context, table: Table, written: DataFrame, where: str | None, built: "Built | None", reshaped: bool) -> None:
     path = ctx.table_path(table.name)
+    if table.sort_by:
+        written = written.repartitionByRange(*table.sort_by).sortWithinPartitions(*table.sort_by)
     writer = written.write.format("delta").mode("overwrite")
+    if table.sort_by:
+        writer = writer.option("optimizeWrite", "false")  # its shuffle would mix the ranges
     if reshaped:
         writer = writer.option("overwriteSchema", "true").partitionBy(*table.partition_by)
     if where:

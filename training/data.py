@@ -178,6 +178,14 @@ def to_batch(rows: Rows, chosen: Sequence[int] | NDArray[np.integer] | slice) ->
     return replace(batch, norm=float(batch.weights_BT[batch.learned_BT].sum()))
 
 
+def join(picked: Sequence[tuple[Rows, NDArray[np.integer]]]) -> Rows:
+    """Rows picked from several packs, as one."""
+    names = ("input_ids", "position_ids", "segment_ids", "weights")
+    tables = {name: np.concatenate([getattr(rows, name)[places] for rows, places in picked]) for name in names}
+    extra = {name: np.concatenate([rows.extra[name][places] for rows, places in picked]) for name in picked[0][0].extra}
+    return Rows(**tables, extra=extra)
+
+
 class Loader:
     """An endless stream of batches: epoch after epoch, each in a seeded order of its own; a batch may span two, so all have one size.
 
@@ -220,5 +228,10 @@ class Loader:
 
 def batches(rows: Rows, tokens_per_batch: int, seed: int, rank: int = 0, world: int = 1) -> Loader:
     """The loader of packed rows: `tokens_per_batch` (filling included) over all ranks make one micro-batch."""
-    per_batch = max(world, tokens_per_batch // rows.input_ids.shape[1])
-    return Loader(rows, per_batch - per_batch % world, seed, rank, world)
+    return Loader(rows, rows_per_batch(tokens_per_batch, rows.input_ids.shape[1], world), seed, rank, world)
+
+
+def rows_per_batch(tokens_per_batch: int, row_tokens: int, world: int) -> int:
+    """Rows of a micro-batch over all ranks, a multiple of their number."""
+    per_batch = max(world, tokens_per_batch // row_tokens)
+    return per_batch - per_batch % world

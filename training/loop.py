@@ -158,7 +158,7 @@ class Engine:
         if self.average:
             self.average.update()
         self.step += 1
-        totals = _sum_over_ranks(totals)
+        totals = sum_over_ranks(totals)
         if not math.isfinite(totals["loss"]):
             raise ModelError(f"the loss is {totals['loss']} at step {self.step}: lower the learning rate or look at the data")
         return {**totals, "grad_norm": float(self.deepspeed.get_global_grad_norm() or 0.0), "lr": lr}
@@ -274,9 +274,11 @@ def world() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _sum_over_ranks(values: dict[str, float]) -> dict[str, float]:
+def sum_over_ranks(values: dict[str, float]) -> dict[str, float]:
+    """Each value summed over the processes, all of which must ask for the same names."""
     if world() == 1:
         return values
+    start_processes()
     names = sorted(values)
     sums = torch.tensor([values[name] for name in names], dtype=torch.float64)
     if torch.distributed.get_backend() == "nccl":
@@ -289,7 +291,7 @@ def _with_norm(micro_batches: Sequence[Any]) -> list[Any]:
     """Gives each batch the sum of weights of the whole step."""
     if not all(isinstance(batch, Batch) for batch in micro_batches):
         return list(micro_batches)
-    norm = _sum_over_ranks({"norm": sum(batch.norm for batch in micro_batches)})["norm"] or 1.0
+    norm = sum_over_ranks({"norm": sum(batch.norm for batch in micro_batches)})["norm"] or 1.0
     return [replace(batch, norm=norm) for batch in micro_batches]
 
 

@@ -6,17 +6,20 @@ Writes   the models `midtrain` (student, fit train), `midtrain-refit` (the stude
 Rerun    vocabulary, first weights, batches, item dropout and dropout are seeded; a model is published whole by one rename. A killed run
          goes on from its last checkpoint, where `midtrain.*.checkpoint_every` asks for some.
 
-The held-out loss is that of a few users' items in the rerank split, which fit `train` does not hold; it picks nothing.
+The table is read in windows of at most midtrain.window_examples texts, over all processes (`training.stream`). The vocabulary, where one is
+trained, and the held-out users come from the first window. The held-out loss is that of a few users' items in the rerank split, which fit
+`train` does not hold; it picks nothing.
 
     gr2 stage midtrain --profile demo
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow.dataset as ds
 import torch
 from numpy.typing import NDArray
 
@@ -27,10 +30,11 @@ from gr2.prompts import load_template, vocabulary_texts
 from gr2.sids import sid_tokens
 from scoring.model import autocast, build_model, build_vocabulary, encode_all, grow_vocabulary, load, sid_ids
 from training.codebooks import Codebooks
-from training.data import Batch, Example, Loader, Rows, pack, to_batch
+from training.data import Batch, Example, Rows, pack, rows_per_batch, to_batch
 from training.fitting import fit, supervised
 from training.item_loss import ItemLoss
-from training.loop import LossFn, planned_steps, rank, token_logprobs, world
+from training.loop import LossFn, planned_steps, rank, sum_over_ranks, token_logprobs, world
+from training.stream import Epochs, Windows
 
 STAGE = "midtrain"
 EAGER = 256  # tokens of a row up to which plain attention beats the fused one on CPUs
@@ -41,11 +45,14 @@ SMALL = 100_000_000  # parameters up to which it is measured
 def run(cfg: Config, ctx: Context) -> Result:
     """Trains student, refitted student and teacher. Raises MissingInputError, InputError for a fit without examples."""
     books = Codebooks.load(ctx.model("tokenizer", "tokenizer").path)[0].books_LKD
-    texts = {fit: read_texts(ctx, fit) for fit in ("train", "refit")}
+    tables = {fit: windows(cfg, ctx, fit, cfg.midtrain.student) for fit in ("train", "refit")}
+    # An example's ordinal is the same in both fits, so that users whose history went on are in the same range of both.
+    part = max(tables.values(), key=len).bounds(0)
+    texts = {fit: table.between(*part) for fit, table in tables.items()}
     student, teacher = cfg.models.student, cfg.models.teacher
     tokens = sid_tokens(*books.shape[:2])
     tokenizer = vocabulary(cfg, ctx, student, tokens, texts["train"])
-    result = Result(rows_in=sum(len(t) for t in texts.values()))
+    result = Result(rows_in=sum(table.total for table in tables.values()))
     model = build_model(student, tokenizer, books, cfg.seed)
     _fit(cfg, ctx, "midtrain", model, tokenizer, texts, "train", cfg.midtrain.student, result)
     # Read back rather than trained on: the refit starts from what was published, also when that was published by an earlier run.
@@ -71,13 +78,14 @@ class Text:
     completion: str
 
 
-def read_texts(ctx: Context, fit: str) -> list[Text]:
+def windows(cfg: Config, ctx: Context, fit: str, settings: Training) -> Windows[Text]:
     """The texts of one fit, in order of reading. Raises InputError if there is none."""
-    columns = ["example_id", "task", "prompt", "completion"]
-    table = ctx.lake.read("midtrain_examples", columns, order_by=["ordinal", "example_id"], fit=fit)
-    if not table.num_rows:
+    dataset, where = ctx.lake.dataset("midtrain_examples"), ds.field("fit") == fit
+    lanes = rows_per_batch(settings.tokens_per_batch, settings.row_tokens, world())
+    found = Windows(dataset, Text, ("ordinal", "example_id"), where, cfg.midtrain.window_examples, lanes)
+    if not found.total:
         raise InputError(f"midtrain_examples holds no text of fit {fit!r}: run `gr2 stage midtrain_examples` first")
-    return [Text(**row) for row in table.to_pylist()]
+    return found
 
 
 def vocabulary(cfg: Config, ctx: Context, size: Model, tokens: list[str], texts: Sequence[Text]) -> Any:
@@ -115,26 +123,51 @@ def held_out(train: Sequence[Text], refit: Sequence[Text], count: int) -> list[t
 
 
 class Mix:
-    """Texts as token ids. `rows(epoch)` packs them, leaving out a drawn share of each history's items."""
+    """Texts as token ids. `rows(number)` packs the window of a draw, leaving out a drawn share of each history's items.
 
-    def __init__(self, tokenizer: Any, texts: Sequence[Text], levels: int, drop: float, row_tokens: int, seed: int) -> None:
+    Each lane goes through its windows (lane, lane + lanes, ...) in an order of its own, another one each epoch.
+    """
+
+    def __init__(
+        self, tokenizer: Any, windows: Sequence[Sequence[Text]], levels: int, drop: float, row_tokens: int, seed: int, lanes: int = 1
+    ) -> None:
+        self.tokenizer, self.windows, self.lanes = tokenizer, windows, lanes
         self.levels, self.drop, self.row_tokens, self.seed = levels, drop, row_tokens, seed
         self.bos, self.eos = start_id(tokenizer), tokenizer.eos_token_id
-        prompts, completions = (encode_all(tokenizer, [getattr(t, part) for t in texts]) for part in ("prompt", "completion"))
-        self.parts = [
+        self._all: list[tuple[bool, NDArray[np.int64], NDArray[np.int64]]] = []  # of a table that is one window
+
+    def rows(self, number: int) -> Rows:
+        """The packed rows of one draw (its turn times the lanes, and the lane); texts longer than a row are left out and counted."""
+        turn, lane = divmod(number, self.lanes)
+        epoch, place = divmod(turn, len(self.windows) // self.lanes)
+        order = np.random.default_rng([self.seed, lane, epoch]).permutation(len(self.windows) // self.lanes)
+        generator = np.random.default_rng([self.seed, number])
+        examples = [self._example(generator, *part) for part in self._parts(int(order[place]) * self.lanes + lane)]
+        return pack(examples, self.row_tokens, self.seed + number, drop_long=True)
+
+    def unread(self, size: int) -> list[int]:
+        """Tokens of the vocabulary that no text holds: their rows are not worth keeping (`training.sft.wake`). All processes must ask."""
+        read_V = np.zeros(size)
+        read_V[[self.bos, self.eos]] = 1
+        for window in range(rank(), len(self.windows), world()) if len(self.windows) > 1 else (0,):
+            for _, prompt, completion in self._parts(window):
+                read_V[prompt], read_V[completion] = 1, 1
+        counts = sum_over_ranks({str(i): float(read) for i, read in enumerate(read_V)})
+        return [i for i in range(size) if not counts[str(i)]]
+
+    def _parts(self, window: int) -> list[tuple[bool, NDArray[np.int64], NDArray[np.int64]]]:
+        """Whether it is a history, prompt and completion of each text."""
+        if self._all:
+            return self._all
+        texts = self.windows[window]
+        prompts, completions = (encode_all(self.tokenizer, [getattr(t, part) for t in texts]) for part in ("prompt", "completion"))
+        parts = [
             (t.task == "history", np.array(p, dtype=np.int64), np.array(c, dtype=np.int64))
             for t, p, c in zip(texts, prompts, completions, strict=True)
         ]
-
-    def rows(self, epoch: int) -> Rows:
-        """The packed rows of one epoch; texts longer than a row are left out and counted."""
-        generator = np.random.default_rng([self.seed, epoch])
-        return pack([self._example(generator, *part) for part in self.parts], self.row_tokens, self.seed + epoch, drop_long=True)
-
-    def unread(self, size: int) -> list[int]:
-        """Tokens of the vocabulary that no text holds: their rows are not worth keeping (`training.sft.wake`)."""
-        read = np.unique(np.concatenate([[self.bos, self.eos], *(ids for _, *both in self.parts for ids in both)]).astype(np.int64))
-        return [int(i) for i in np.setdiff1d(np.arange(size), read)]
+        if len(self.windows) == 1:
+            self._all = parts
+        return parts
 
     def _example(self, generator: np.random.Generator, history: bool, prompt: NDArray[np.int64], completion: NDArray[np.int64]) -> Example:
         if not history:
@@ -149,44 +182,6 @@ class Mix:
             if kept_I.sum() >= least:
                 items_IL = items_IL[kept_I]
         return [int(i) for i in items_IL.reshape(-1)]
-
-
-class Epochs(Loader):
-    """An endless stream of batches whose rows are packed anew each epoch. Resumable: its state is the epoch and the place in it.
-
-    Rows that do not fill the last batch of an epoch are left out, others each time.
-    """
-
-    def __init__(
-        self, make: Callable[[int], Rows], tokens_per_batch: int, seed: int, eager: bool = False, rank: int = 0, world: int = 1
-    ) -> None:
-        rows = make(0)
-        per_batch = max(world, min(tokens_per_batch // rows.input_ids.shape[1], len(rows) // world * world))
-        super().__init__(rows, per_batch - per_batch % world, seed, rank, world)
-        self.make, self.eager, self.epoch, self.at = make, eager, 0, 0
-
-    def __iter__(self) -> Iterator[Batch]:
-        while True:
-            if self.at + self.rows_per_batch > len(self.rows):
-                self._turn(self.epoch + 1)
-            order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.rows))
-            places = order[self.at + self.rank : self.at + self.rows_per_batch : self.world]
-            self.at += self.rows_per_batch
-            yield batch_of(self.rows, places, self.eager)
-
-    def _turn(self, epoch: int) -> None:
-        self.rows, self.epoch, self.at = self.make(epoch), epoch, 0
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands."""
-        return {"epoch": self.epoch, "at": self.at, "seed": self.seed, "rows": len(self.rows)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on where `state` stood. Raises InputError if it is of other rows or another seed."""
-        self._turn(int(state["epoch"]))
-        if (state["rows"], state["seed"]) != (len(self.rows), self.seed):
-            raise InputError("the saved position belongs to other training rows: remove the checkpoint folder to start again")
-        self.at = int(state["at"])
 
 
 class Summed(Batch):
@@ -218,11 +213,13 @@ def _fit(
     result: Result,
 ) -> None:
     """Trains and publishes one model; tells the token budget first."""
-    mix = Mix(tokenizer, texts[fit_of], len(sid_ids(tokenizer)), cfg.midtrain.item_dropout, settings.row_tokens, cfg.seed)
+    table = windows(cfg, ctx, fit_of, settings)
+    mix = Mix(tokenizer, table, len(sid_ids(tokenizer)), cfg.midtrain.item_dropout, settings.row_tokens, cfg.seed, table.lanes)
     eager = settings.row_tokens <= EAGER and not torch.cuda.is_available()
     if eager:
         model.set_attn_implementation("eager")
-    loader = Epochs(mix.rows, settings.tokens_per_batch, cfg.seed, eager, rank(), world())
+    kind = Summed if eager else Batch
+    loader = Epochs(mix.rows, settings.tokens_per_batch, cfg.seed, kind, rank(), world(), table.lanes, len(table))
     loss_fn = item_loss(cfg, ctx, tokenizer)
     _announce(ctx, name, model, loader, settings, loss_fn)
     pairs = held_out(texts["train"], texts["refit"], cfg.midtrain.held_out) if fit_of == "train" else []
@@ -251,15 +248,15 @@ def item_loss(cfg: Config, ctx: Context, tokenizer: Any) -> LossFn:
 
 def _announce(ctx: Context, name: str, model: Any, loader: Epochs, settings: Training, loss_fn: LossFn) -> None:
     """Logs the token budget before training starts, and for small models the minutes that it takes."""
-    rows, parameters, steps = loader.rows, sum(p.numel() for p in model.parameters()), planned_steps(loader, settings)
-    budget = rows.tokens * steps * settings.accumulation * loader.rows_per_batch / len(rows)
+    parameters, steps = sum(p.numel() for p in model.parameters()), planned_steps(loader, settings)
+    budget = loader.tokens * steps * settings.accumulation * loader.rows_per_batch / loader.count
     time_needed = ""
     if parameters < SMALL:
         rate = world() * _rate(model, loader, settings, loss_fn)
         time_needed = f", about {budget / rate / 60:.1f} min at {rate:,.0f} tokens/s"
     ctx.log(
-        f"{name}: {parameters / 1e6:.1f}M parameters, {rows.tokens:,} tokens an epoch in rows {rows.fill:.0%} full "
-        f"({rows.dropped} texts too long), {steps} steps, {budget:,.0f} tokens{time_needed}"
+        f"{name}: {parameters / 1e6:.1f}M parameters, {loader.tokens:,} tokens an epoch in rows {loader.fill:.0%} full "
+        f"({loader.dropped} texts too long), {steps} steps, {budget:,.0f} tokens{time_needed}"
     )
 
 

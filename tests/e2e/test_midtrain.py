@@ -1,8 +1,12 @@
 """Mid-training on a small world: what is learned generalises, the refit goes on from the student, draws are seeded and resumable."""
 
 import datetime as dt
+import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import islice
 from typing import Any
@@ -11,7 +15,7 @@ import numpy as np
 import pytest
 from tiny import put
 
-from gr2 import artifacts
+from gr2 import PROJECT, artifacts
 from gr2.context import Context
 from gr2.errors import InputError
 from gr2.sids import Trie, to_text
@@ -20,7 +24,8 @@ from scoring.model import load, sid_ids
 from training import midtrain
 from training.codebooks import Codebooks
 from training.data import to_batch
-from training.midtrain import Epochs, Mix, Summed, Text
+from training.midtrain import Mix, Summed, Text
+from training.stream import Epochs
 
 pytestmark = pytest.mark.e2e
 ITEMS, CODES = 48, 8
@@ -45,6 +50,11 @@ def walk(start: int, length: int) -> str:
     return "".join(to_text(codes_of((start + 3 * k) % ITEMS)) for k in range(length))
 
 
+def ordinal(example_id: str) -> int:
+    """A hash, as the table has."""
+    return int.from_bytes(hashlib.blake2b(example_id.encode(), digest_size=8).digest(), "big", signed=True)
+
+
 def world(ctx: Context) -> list[int]:
     """120 users; what they chose last is held out of fit train. Returns where each starts."""
     rng = np.random.default_rng(1)
@@ -54,17 +64,16 @@ def world(ctx: Context) -> list[int]:
         books.save(folder, {})
     starts = [int(rng.integers(ITEMS)) for _ in range(120)]
     rows = [
-        {"fit": fit, "example_id": f"history:u{u}:0", "task": "history", "prompt": "", "completion": walk(start, 8 + more), "ordinal": u}
+        {"fit": fit, "example_id": f"history:u{u}:0", "task": "history", "prompt": "", "completion": walk(start, 8 + more)}
         for fit, more in (("train", 0), ("refit", 1))
         for u, start in enumerate(starts)
     ]
     rows += [
-        {"fit": fit, "example_id": f"lookup:{i}:1", "task": "lookup", "prompt": f"item number {i} is ", "completion": to_text(codes_of(i)),
-         "ordinal": 1000 + i}
+        {"fit": fit, "example_id": f"lookup:{i}:1", "task": "lookup", "prompt": f"item number {i} is ", "completion": to_text(codes_of(i))}
         for fit in ("train", "refit")
         for i in range(0, ITEMS, 4)
-    ]  # fmt: skip
-    put(ctx, "midtrain_examples", rows)
+    ]
+    put(ctx, "midtrain_examples", [row | {"ordinal": ordinal(row["example_id"])} for row in rows])
     codes = [
         {"tokenizer": ctx.model("tokenizer", "tokenizer").id, "item_id": f"i{i}", "codes": codes_of(i), "token_text": to_text(codes_of(i)),
          "learned_codes": codes_of(i), "separated": False, "residual": 0.0, "added_on": dt.date(2026, 1, 1)}
@@ -106,11 +115,65 @@ def test_the_pre_ranker_learns_what_follows(make_ctx: Callable[..., Context]) ->
     assert (ctx.root / "models" / "midtrain-teacher" / "current.json").exists()
 
 
+def test_a_table_larger_than_the_window_is_learned_too(make_ctx: Callable[..., Context]) -> None:
+    few = [f"midtrain.{size}={{max_steps: {steps}, {TRAINING.replace('512', '256')}}}" for size, steps in (("student", 40), ("refit", 2))]
+    ctx = make_ctx([*SMALL, *few, "midtrain.window_examples=70"])
+    world(ctx)
+    table = midtrain.windows(ctx.cfg, ctx, "train", ctx.cfg.midtrain.student)
+    assert (table.lanes, len(table)) == (4, 8)
+    assert sum(len(window) for window in table) == table.total == 132
+    result = midtrain.run(ctx.cfg, ctx)
+    student = ctx.model("midtrain", "midtrain")
+    lines = [json.loads(line) for line in (student.path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["valid_loss"] < 0.9 * lines[0]["loss"]
+    assert result.rows_in == 264
+    read = set(Mix(load(student.path)[1], list(table), 2, 0, 64, 1).unread(10_000))
+    whole = Mix(load(student.path)[1], [[text for window in table for text in window]], 2, 0, 64, 1).unread(10_000)
+    assert read == set(whole)
+    assert [i for i in whole if i < 400] == [i for i in student.manifest["unread"] if i < 400]
+
+
+SCRIPT = """
+import json, sys
+from itertools import islice
+from deltalake import DeltaTable
+import pyarrow.dataset as ds
+from test_midtrain import Digits
+from training.loop import rank, world
+from training.midtrain import Mix, Text
+from training.stream import Epochs, Windows
+
+dataset = DeltaTable(sys.argv[1]).to_pyarrow_dataset()
+table = Windows(dataset, Text, ("ordinal", "example_id"), ds.field("fit") == "train", 60, 4)
+mix = Mix(Digits(), table, 2, 0.2, 24, 1, table.lanes)
+loader = Epochs(mix.rows, 4 * 24, 5, rank=rank(), world=world(), lanes=table.lanes, windows=len(table))
+list(islice(loader, 9))
+said = json.dumps({"state": loader.state_dict(), "unread": mix.unread(100), "steps": loader.steps(3.0)})
+open(f"{sys.argv[2]}/{world()}-{rank()}.json", "w").write(said)
+"""
+
+
+def test_each_process_knows_where_the_lanes_of_all_stand(make_ctx: Callable[..., Context], tmp_path: Any) -> None:
+    ctx = make_ctx(SMALL)
+    rows = [vars(text) | {"fit": "train", "ordinal": ordinal(text.example_id)} for text in TEXTS]
+    put(ctx, "midtrain_examples", [*rows, *({**r, "example_id": r["example_id"] + "x", "ordinal": ordinal(f"{r}")} for r in rows)])
+    (tmp_path / "script.py").write_text(SCRIPT)
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    env |= {"PYTHONPATH": f"{PROJECT}:{PROJECT / 'tests' / 'e2e'}", "OMP_NUM_THREADS": "1"}
+    for launch in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]):
+        command = [sys.executable, *launch, str(tmp_path / "script.py"), ctx.table_path("midtrain_examples"), str(tmp_path)]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
+        assert done.returncode == 0, done.stderr[-3000:]
+    said = [json.loads((tmp_path / name).read_text()) for name in ("1-0.json", "2-0.json", "2-1.json")]
+    assert said[0] == said[1] == said[2]
+    assert max(said[0]["state"]["lanes"].values()) >= 2
+
+
 def test_a_fit_without_texts_is_refused(make_ctx: Callable[..., Context]) -> None:
     ctx = make_ctx(SMALL)
     put(ctx, "midtrain_examples", [])
     with pytest.raises(InputError, match="no text of fit 'train'"):
-        midtrain.read_texts(ctx, "train")
+        midtrain.windows(ctx.cfg, ctx, "train", ctx.cfg.midtrain.student)
 
 
 class Digits:
@@ -127,7 +190,7 @@ TEXTS += [Text(f"lookup:{i}:1", "lookup", "12", "345") for i in range(9)]
 
 
 def test_item_dropout_keeps_items_whole_and_leaves_two() -> None:
-    mix = Mix(Digits(), TEXTS, 2, 0.6, 16, seed=1)
+    mix = Mix(Digits(), [TEXTS], 2, 0.6, 16, seed=1)
     lengths = set()
     for epoch in range(3):
         rows = mix.rows(epoch)
@@ -147,14 +210,14 @@ def test_item_dropout_keeps_items_whole_and_leaves_two() -> None:
 
 
 def test_batches_go_on_where_they_stood_and_cover_an_epoch() -> None:
-    mix = Mix(Digits(), TEXTS, 2, 0.3, 16, seed=1)
+    mix = Mix(Digits(), [TEXTS], 2, 0.3, 16, seed=1)
     loader = Epochs(mix.rows, 64, seed=5)
     stream = iter(loader)
     list(islice(stream, 7))
     state, rest = loader.state_dict(), [b.input_ids_BT.numpy() for b in islice(stream, 9)]
     again = Epochs(mix.rows, 64, seed=5)
     again.load_state_dict(state)
-    assert state["epoch"] >= 1
+    assert state["lanes"]["turn 0"] >= 1
     assert all((a == b.input_ids_BT.numpy()).all() for a, b in zip(rest, iter(again), strict=False))
     with pytest.raises(InputError, match="other training rows"):
         Epochs(mix.rows, 64, seed=6).load_state_dict(state)
@@ -171,5 +234,5 @@ def test_the_held_out_loss_reads_what_training_does_not() -> None:
 
 
 def test_the_summed_mask_is_the_mask() -> None:
-    batch = to_batch(Mix(Digits(), TEXTS, 2, 0.0, 16, seed=1).rows(0), slice(0, 4))
+    batch = to_batch(Mix(Digits(), [TEXTS], 2, 0.0, 16, seed=1).rows(0), slice(0, 4))
     assert ((Summed(**vars(batch)).mask_B1TT() == 0) == batch.mask_B1TT()).all()

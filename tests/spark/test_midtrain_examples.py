@@ -1,9 +1,11 @@
 """The texts of mid-training: every item of a fit is learned once, after what came before it, and nothing later is ever read."""
 
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from rerank_world import put
 from sequence_world import ITEMS, catalogue, interaction_rows, sid, walks
@@ -107,3 +109,22 @@ def test_no_text_task_without_a_share(make_ctx: Callable[..., Context]) -> None:
     put(ctx, "interactions", interaction_rows({"u1": ["i1", "i2", "i3", "i4", "i5"]}, np.random.default_rng(0)))
     midtrain_examples.run(ctx.cfg, ctx)
     assert {(r["task"], r["completion"]) for r in texts(ctx, "train").values()} == {("history", sid("i1") + sid("i2"))}
+
+
+def test_files_hold_sorted_ranges_of_the_ordinal(make_ctx: Callable[..., Context]) -> None:
+    ctx = make_ctx([*SMALL, *FULL])
+    catalogue(ctx)
+    put(ctx, "interactions", interaction_rows(walks(rng := np.random.default_rng(5), 40, longest=22), rng))
+    ctx.spark.conf.set("spark.sql.adaptive.coalescePartitions.enabled", "false")  # several files also of a table this small
+    try:
+        midtrain_examples.run(ctx.cfg, ctx)
+    finally:
+        ctx.spark.conf.unset("spark.sql.adaptive.coalescePartitions.enabled")
+    ranges: dict[str, list[list[int]]] = {}
+    for path in ctx.lake.open("midtrain_examples").file_uris():
+        ranges.setdefault(path.split("fit=")[1].split("/")[0], []).append(pq.read_table(path)["ordinal"].to_pylist())
+    assert ranges.keys() == {"train", "refit"}
+    for files in ranges.values():
+        assert len(files) > 1
+        found = list(chain(*sorted(files)))
+        assert found == sorted(found)
