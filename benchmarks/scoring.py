@@ -37,7 +37,8 @@ def copied(root: Path, there: Path) -> None:
     there.mkdir(parents=True)
     (there / "models").symlink_to(root.resolve() / "models")
     for name in pipeline.get("rerank_scores").reads:
-        shutil.copytree(root / "tables" / name, there / "tables" / name)
+        if (root / "tables" / name).exists():  # item_latents: only where the compressor was trained
+            shutil.copytree(root / "tables" / name, there / "tables" / name)
 
 
 def bare(engine: VLLMEngine, ids: list[list[int]], most: int) -> float:

@@ -21,6 +21,9 @@ from gr2 import PROJECT
 from gr2.errors import ConfigError
 from gr2.sections import Name, Positive, Section, Share, Training
 
+Modes = tuple[Literal["think", "direct", "score"], ...]
+Baseline = Literal["random", "popularity", "transition", "lambdamart", "oracle"]
+COMPRESSORS = ("latents", "brief")  # not models of their own: what `rl` answers to a compressed context (METHOD 9)
 PLACE = r"^([a-z0-9]+://([\w-]+@)?[\w.-]*(:\d+)?)?(/[\w.=/-]*)?$"  # a folder or a URL, without a password
 
 
@@ -277,12 +280,15 @@ class OPD(Section):
 
 
 class Latents(Section):
-    """The latent context compressor (METHOD 9)."""
+    """The context compressor (METHOD 9): items in learned vectors (`latents`), and a context without the words it can spare (`brief`)."""
 
     train: Training = Training(lr=2e-3, max_steps=60)
     vectors: Positive = 1  # learned vectors an item
     text_tokens: Positive = 32  # of an item's text that the compressor reads, beside its semantic ID
-    validate_requests: Positive = 64  # held-out prompts on which it is measured
+    validate_requests: Positive = 64  # held-out prompts on which both are measured
+    brief: Training = Training(lr=0.1, max_steps=80, tokens_per_batch=32768, weight_decay=0.0)  # batch: of all drafts, at full length
+    group: int = Field(8, ge=2)  # drafts of a prompt
+    alpha: float = Field(0.2, ge=0.0, lt=1.0)  # of tokens saved in a draft's reward; the rest is the share of N@3 kept
 
 
 class Distill(Section):
@@ -301,14 +307,9 @@ class Distill(Section):
 class Scoring(Section):
     """Batch re-scoring (`rerank_scores`)."""
 
-    models: dict[Name, tuple[Literal["think", "direct", "score"], ...]] = {
-        "sft": ("think",),
-        "rl": ("think", "score"),
-        "opd": ("think",),
-        "opd+rl": ("think",),
-        "fast": ("score",),
-    }
-    live: dict[Name, tuple[Literal["think", "direct", "score"], ...]] = {"rl": ("score",)}  # what answers for a night's lists
+    # `latents: [score]`, `brief: [score]`: also what `rl` answers to compressed contexts
+    models: dict[Name, Modes] = {"sft": ("think",), "rl": ("think", "score"), "opd": ("think",), "opd+rl": ("think",), "fast": ("score",)}
+    live: dict[Name, Modes] = {"rl": ("score",)}  # what answers for a night's lists
     splits: tuple[Literal["valid", "test"], ...] = ("test",)
     replicas: Positive = 1
     audit_replicas: Positive = 3  # permuted replicas on a sample, for the position audit
@@ -324,13 +325,7 @@ class Evaluation(Section):
     """Slices, intervals, audits (DESIGN section 4)."""
 
     bootstrap: Positive = 1000
-    baselines: tuple[Literal["random", "popularity", "transition", "lambdamart", "oracle"], ...] = (
-        "random",
-        "popularity",
-        "transition",
-        "lambdamart",
-        "oracle",
-    )
+    baselines: tuple[Baseline, ...] = ("random", "popularity", "transition", "lambdamart", "oracle")
     min_tau: float = Field(-1.0, ge=-1.0, le=1.0)  # position audit: replicas must agree at least so well
     max_copy_rate: Share = 1.0
     max_invalid_rate: Share = 1.0
@@ -406,6 +401,8 @@ class Config(Section):
             )
         if any(t.lora and not t.lora.tables for t in (self.midtrain.student, self.midtrain.teacher, self.midtrain.refit)):
             raise ValueError("midtrain teaches the rows of semantic IDs: with lora, set lora.tables to true")
+        if bad := [name for name in COMPRESSORS for asked in (self.scoring.models, self.scoring.live) if "think" in asked.get(name, ())]:
+            raise ValueError(f"scoring: {bad[0]} is trained on prompts that ask for no thought: take direct or score")
         return self
 
     def digest(self, *sections: str) -> str:

@@ -18,6 +18,7 @@ from gr2.prompts import WORD
 
 Kind = Literal["gr2", "normalised", "auc", "ndcg"]
 _PIECE = re.compile(r"<[a-z]_\d+>|\w+|[^\w\s]")
+ELLIPSIS = 0.5
 _CITATION = re.compile(r"@(\w+)|([.,;:!?\n])|\b(" + WORD.pattern + r")\b")
 
 
@@ -168,3 +169,16 @@ def overlong(tokens: int, limit: int, margin: int) -> float:
     if tokens <= limit - margin:
         return 0.0
     return -1.0 if tokens > limit else (limit - margin - tokens) / margin
+
+
+# -- shorter contexts -------------------------------------------------------------------------------------------------
+
+
+def compression_reward(text: str, saved: float, judge: float, alpha: float) -> float:
+    """`(alpha * max(0, 1 - len_c / len_o) + (1 - alpha) * judge) * ellipsis_penalty` (METHOD 9; GR2's report, equation 10).
+
+    `saved`: 1 - len_c / len_o; `judge`: the share of a frozen ranker's N@3 that is kept. A context that says "..." is paid half: the
+    report names the penalty, not its size.
+    """
+    penalty = ELLIPSIS if "..." in text or "\u2026" in text else 1.0
+    return (alpha * max(0.0, saved) + (1.0 - alpha) * judge) * penalty

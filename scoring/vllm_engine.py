@@ -4,9 +4,10 @@
 
 The engine lives in the caller's process (no worker processes: a start takes seconds, and weights can be pushed). It makes
 `torch.set_num_threads` a no-op there, so set threads before. Nothing of a generation config is used: what an Ask does not say is vLLM's
-own neutral default. Log-probabilities are of the distribution that was sampled from: after temperature and top-p.
+own neutral default. Log-probabilities are of the distribution that was sampled from: after temperature and top-p. Prompts may hold marks of
+items (`scoring.compressed`): give their vectors as `engine.vectors` first.
 
-Shapes: B prompts, Y labels.
+Shapes: B prompts, T tokens, D hidden size, Y labels.
 """
 
 import gc
@@ -18,12 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from gr2.config import Scoring
+from gr2.config import COMPRESSORS, Scoring
 from gr2.errors import EngineError, ModelError
+from scoring.compressed import Vectors, encode_marked
 from scoring.engine import Answer, Ask, failed
-from scoring.model import encode_all, label_ids, load
+from scoring.model import label_ids, load
 
 NEUTRAL = "vllm"  # the generation config of vLLM itself: whatever a model folder says about sampling is not read
 
@@ -42,6 +45,7 @@ class VLLMEngine:
         except ImportError as error:
             raise EngineError(f"vLLM cannot be imported ({error}): install the extra `cpu` or `gpu`") from None
         self.name = name or f"vllm:{Path(path).name}"
+        self.vectors: Vectors | None = None
         try:
             self._llm = LLM(
                 model=str(path),
@@ -51,6 +55,7 @@ class VLLMEngine:
                 enforce_eager=True,
                 enable_prefix_caching=True,
                 enable_chunked_prefill=False,  # a prompt read in parts rewinds its seeded generator, which the CPU's cannot
+                enable_prompt_embeds=bool({*settings.models, *settings.live} & {*COMPRESSORS}),
                 trust_remote_code=False,
                 load_format="safetensors",
                 generation_config=NEUTRAL,
@@ -70,12 +75,16 @@ class VLLMEngine:
         """The model's tokenizer, with which callers render prompts."""
         return self._tokenizer
 
+    def encode(self, prompts: Sequence[str]) -> list[list[int]]:
+        """What the model reads: token ids, and numbers below zero for vectors of marked items. Their count is what a prompt costs."""
+        return encode_marked(self._tokenizer, prompts, self.vectors.rows_of if self.vectors else {})
+
     def generate(self, asks: Sequence[Ask]) -> list[Answer]:
         """One answer an ask. A prompt that is empty or leaves no room fails alone; a batch that breaks is retried one by one.
 
         Raises EngineError where none of several succeeds.
         """
-        prompts = encode_all(self._tokenizer, [a.prompt for a in asks])
+        prompts = self.encode([a.prompt for a in asks])
         answers: dict[int, Answer] = {}
         for place, (ask, ids) in enumerate(zip(asks, prompts, strict=True)):
             if problem := self._problem(ids, ask.max_tokens):
@@ -92,7 +101,7 @@ class VLLMEngine:
         from vllm import SamplingParams
 
         wanted = self._label_ids(labels)
-        ids = encode_all(self._tokenizer, list(prompts))
+        ids = self.encode(prompts)
         fine = [i for i in range(len(ids)) if not self._problem(ids[i], 1)]
         result_BY = np.full((len(prompts), len(labels)), np.nan, dtype=np.float32)
         params = SamplingParams(max_tokens=1, temperature=1.0, logprob_token_ids=wanted, detokenize=False)  # the sampled token is not used
@@ -162,9 +171,20 @@ class VLLMEngine:
     def _run(self, prompts: list[list[int]], params: Any) -> list[Any]:
         if not prompts:
             return []
-        from vllm.inputs import TokensPrompt
+        return list(self._llm.generate([self._read(ids) for ids in prompts], params, use_tqdm=False))
 
-        return list(self._llm.generate([TokensPrompt(prompt_token_ids=ids) for ids in prompts], params, use_tqdm=False))
+    def _read(self, ids: list[int]) -> Any:
+        """A prompt as vLLM takes it."""
+        from vllm.inputs import EmbedsPrompt, TokensPrompt
+
+        if self.vectors is None or min(ids) >= 0:
+            return TokensPrompt(prompt_token_ids=ids)
+        said_T = [n >= 0 for n in ids]
+        rows = [-n - 1 for n in ids if n < 0]
+        dtype: Any = self._llm.model_config.dtype
+        embeds_TD = torch.zeros(len(ids), self.vectors.vectors_ND.shape[1], dtype=dtype)
+        embeds_TD[~torch.tensor(said_T)] = self.vectors.vectors_ND[rows].to(dtype)
+        return EmbedsPrompt(prompt_embeds=embeds_TD, prompt_token_ids=[max(n, 0) for n in ids], prompt_is_token_ids=said_T)
 
     def _label_ids(self, labels: Sequence[str]) -> list[int]:
         key = tuple(labels)

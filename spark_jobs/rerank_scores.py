@@ -1,6 +1,7 @@
 """What each model makes of each request: one Spark job, one vLLM engine a Python worker, every model in turn (DESIGN contract 9).
 
-Reads: `candidates`, `candidate_features`, `items`, `semantic_ids`, and those of scoring.models that exist (at least one).
+Reads: `candidates`, `candidate_features`, `items`, `semantic_ids`, and those of scoring.models that exist (at least one); `item_latents`
+where `latents` is among them.
 Writes: `rerank_scores` (one request, model, mode and replica; key of these four), insert-only.
 Scored are, without --date, the requests of scoring.splits with something relevant in the list, a seeded sample of the others
 (scoring.miss_sample: no order of them can score), and a seeded sample in further replicas for the position audit; with --date the night's
@@ -9,7 +10,8 @@ A rerun is harmless: what the table holds is not asked again; decoding is greedy
 published: a run that was killed goes on where it stopped. A request that cannot be read or answered is a row with the failure's name.
 
 Modes: think and direct generate; score orders by the labels' log-probabilities at the first answer position, less the label's prior
-(its mean over all scored requests of the model: what the label's name alone is worth).
+(its mean over all scored requests of the model: what the label's name alone is worth). `latents` and `brief` in scoring.models (modes
+direct and score) are what the model `rl` answers to compressed contexts (METHOD 9); their rows count the tokens of what it read.
 
     gr2 stage rerank_scores --profile P [--date 2026-01-05]
 """
@@ -19,6 +21,7 @@ import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,14 +32,15 @@ import schemas
 from gr2 import artifacts
 from gr2.answers import parse
 from gr2.artifacts import Artifact
-from gr2.config import Config
+from gr2.config import COMPRESSORS, Config
 from gr2.context import Context, Result
 from gr2.errors import EngineError, MissingInputError, ModelError
 from gr2.prompts import LABELS, Mode, View, prompt_hash
 from schemas.base import DOUBLE, FLOAT, INT, STRING, list_of
 from schemas.candidates import EXPERIMENT
+from scoring.compressed import base_of, compressing, vectors_of
 from scoring.engine import Ask, seed_of
-from scoring.model import encode_all, load_tokenizer
+from scoring.model import load_tokenizer
 from spark_jobs.engine_pool import Rows, Spec, answered, engine_for, portable
 from spark_jobs.prompting import render_texts, sample, template_of, views
 from spark_jobs.publish import publish
@@ -123,7 +127,8 @@ def asks(cfg: Config, ctx: Context, models: list[Artifact]) -> pa.Table:
     """One row for each answer that the table does not hold yet (schema ASKED)."""
     nights = nights_of(ctx, models) if ctx.date else [EXPERIMENT]
     known = _known(ctx, models, nights)
-    renderers = _renderers(cfg, models)
+    bases = {model.name: base_of(ctx, model) if model.name in COMPRESSORS else model for model in models}
+    renderers = _renderers(cfg, ctx, models, bases)
     parts = [ASKED.empty_table()]
     modes = modes_of(cfg, ctx)
     if ctx.date:
@@ -137,7 +142,8 @@ def asks(cfg: Config, ctx: Context, models: list[Artifact]) -> pa.Table:
             for model in models:
                 for mode in asked.get(model.name, ()):
                     texts = renderers[model.name](part, mode)
-                    rows = [_ask(cfg, model, mode, row, view, text) for (row, view), text in zip(part, texts, strict=True)]
+                    path = bases[model.name].path
+                    rows = [_ask(cfg, model, path, mode, row, view, text) for (row, view), text in zip(part, texts, strict=True)]
                     parts.append(pa.Table.from_pylist([r for r in rows if tuple(r[k] for k in KEY) not in known], schema=ASKED))
     found = pa.concat_tables(parts)
     return found.sort_by([(name, "ascending") for name in ("model", "mode", "request_id", "replica")])  # a worker becomes each model once
@@ -184,22 +190,30 @@ def _chunks(stream: Iterator[Shown]) -> Iterator[list[Shown]]:
         yield part
 
 
-def _renderers(cfg: Config, models: list[Artifact]) -> dict[str, Callable[[list[Shown], Mode], list[str]]]:
+Renderer = Callable[[list[Shown], Mode], list[str]]
+
+
+def _renderers(cfg: Config, ctx: Context, models: list[Artifact], bases: dict[str, Artifact]) -> dict[str, Renderer]:
     """Model -> function that renders a chunk as prompts ("" where unreadable); models with the same tokenizer share the work."""
-    by_content: dict[str, Callable[[list[Shown], Mode], list[str]]] = {}
+    by_content: dict[str, Renderer] = {}
     found = {}
     for model in models:
-        parts = sorted(
-            p for p in model.path.iterdir() if p.name.startswith(("tokenizer", "chat_template", "special_tokens", "added_tokens"))
-        )
+        path = bases[model.name].path
+        parts = sorted(p for p in path.iterdir() if p.name.startswith(("tokenizer", "chat_template", "special_tokens", "added_tokens")))
         content = hashlib.sha256(b"".join(p.read_bytes() for p in parts)).hexdigest()
         if content not in by_content:
-            by_content[content] = _renderer(cfg, load_tokenizer(model.path))
+            by_content[content] = _renderer(cfg, load_tokenizer(path))
         found[model.name] = by_content[content]
+        if model.name in COMPRESSORS:
+            found[model.name] = _shorter(found[model.name], compressing(cfg, ctx, model))
     return found
 
 
-def _renderer(cfg: Config, tokenizer: Any) -> Callable[[list[Shown], Mode], list[str]]:
+def _shorter(render: Renderer, compress: Callable[[list[str]], list[str]]) -> Renderer:
+    return lambda part, mode: compress(render(part, mode))
+
+
+def _renderer(cfg: Config, tokenizer: Any) -> Renderer:
     last: dict[str, tuple[Any, list[str]]] = {}
 
     def render(part: list[Shown], mode: Mode) -> list[str]:
@@ -220,7 +234,7 @@ def _rendered(cfg: Config, tokenizer: Any, shown: list[View], mode: Mode) -> lis
         return [_rendered(cfg, tokenizer, [view], mode)[0] for view in shown]
 
 
-def _ask(cfg: Config, model: Artifact, mode: Mode, row: dict[str, Any], view: View, prompt: str) -> dict[str, Any]:
+def _ask(cfg: Config, model: Artifact, path: Path, mode: Mode, row: dict[str, Any], view: View, prompt: str) -> dict[str, Any]:
     thought = cfg.prompt.max_thought_tokens if mode == "think" else 0
     return {
         "request_id": row["request_id"],
@@ -230,7 +244,7 @@ def _ask(cfg: Config, model: Artifact, mode: Mode, row: dict[str, Any], view: Vi
         "replica": row["replica"],
         "split": row["split"],
         "night": row["night"],
-        "path": str(model.path),
+        "path": str(path),
         "prompt": prompt,
         "prompt_hash": prompt_hash(template_of(cfg.prompt), prompt),
         "max_tokens": thought + cfg.prompt.max_answer_tokens + ROOM,
@@ -256,7 +270,9 @@ def _answering(cfg: Config) -> Callable[[Rows], Callable[[Rows], Rows]]:
     def answer(rows: Rows) -> Rows:
         made = []
         for (name, path, mode), same in itertools.groupby(rows, key=lambda r: (r["model_id"], r["path"], r["mode"])):
-            engine, part = engine_for(Spec("vllm", f"vllm:{name}", path), cfg), list(same)
+            engine: Any = engine_for(Spec("vllm", f"vllm:{name}", path), cfg)
+            part = list(same)
+            engine.vectors = vectors_of(Context(cfg), name, [r["prompt"] for r in part]) if name.startswith("latents@") else None
             answers = _scores(engine, part) if mode == "score" else _texts(engine, part)
             made += [{**row, **answer} for row, answer in zip(part, answers, strict=True)]
         return made
@@ -289,7 +305,7 @@ def _scores(engine: Any, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     started = time.monotonic()
     found_BY = engine.label_logprobs([r["prompt"] for r in readable], labels) if readable else np.zeros((0, len(labels)))
     seconds = (time.monotonic() - started) / max(1, len(readable))
-    lengths = [len(ids) for ids in encode_all(engine.tokenizer, [r["prompt"] for r in readable])]
+    lengths = [len(ids) for ids in engine.encode([r["prompt"] for r in readable])]
     by_key = {_key(r): (values, length) for r, values, length in zip(readable, found_BY, lengths, strict=True)}
     made = []
     for row in rows:

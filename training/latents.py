@@ -1,10 +1,12 @@
-"""Stage `latents`: the latent context compressor, which says an item in k learned vectors instead of its tokens (METHOD 9).
+"""Stage `latents`: the context compressor (METHOD 9). Here its latent form, which says an item in k learned vectors instead of its tokens;
+its text form, the model `brief`, which leaves out words, is trained by `training/brief.py`.
 
 Reads `rl_prompts`, `items`, `semantic_ids` and the frozen model `rl`. A small encoder reads an item's semantic ID and text through the
 frozen model's own embeddings and gives k vectors; in a prompt they stand in place of what the prompt says of the item (its ID, and its text
 where the template shows one). It learns to leave the frozen model's answers as they were: the KL divergence at every token of an answer.
 Writes the artefact `latents`: compressor.safetensors, compressor.json, vectors.arrow (one item; published by the stage `item_latents`),
-metrics.jsonl and, in the manifest, what was measured on held-out prompts before and after training, and with the items left out.
+metrics.jsonl and, in the manifest, what was measured on held-out prompts before and after training, and with the items left out; and the
+artefact `brief`. To score with them: `scoring.models={rl: [score], latents: [score], brief: [score]}`.
 A rerun is harmless: everything is seeded, and the artefact is published whole.
 
     gr2 stage latents --profile demo
@@ -12,8 +14,6 @@ A rerun is harmless: everything is seeded, and the artefact is published whole.
 Shapes: B prompts, T tokens, D hidden size, V vocabulary, I items, K vectors of an item, S tokens of an item's reading, R learned tokens.
 """
 
-import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,14 +27,16 @@ from gr2.config import Config, Latents
 from gr2.context import Context, Result
 from gr2.errors import InputError
 from gr2.metrics import kendall_tau, ndcg_at
-from gr2.prompts import ANSWER_OPEN, EMPTY_THOUGHT, LABELS, Template, clean, format_answer, load_template
+from gr2.prompts import ANSWER_OPEN, EMPTY_THOUGHT, LABELS, Template, format_answer, load_template
 from schemas.base import FLOAT, INT, STRING, list_of
+from scoring.compressed import encode_marked, known_items, marked, said_of, save
 from scoring.model import autocast, encode, encode_all, hidden_states, label_ids, label_logprobs, load, right_padded
+from training import brief
+from training.brief import direct_form
 from training.fitting import manifest_of, publishing
 from training.loop import train
 from training.rollouts import Task, read_tasks
 
-_SID = re.compile(r"(?:<[a-j]_\d+>)+")
 VECTORS = pa.schema([("item_id", STRING), ("vectors", list_of(FLOAT)), ("k", INT), ("text_tokens", INT)])
 
 
@@ -71,12 +73,13 @@ def run(cfg: Config, ctx: Context) -> Result:
         after = measure(model, compressor, tokenizer, items, held_out)
         dropped = measure(model, None, tokenizer, items, held_out)
         manifest |= {"steps": summary.steps, "before": before, "after": after, "items_left_out": dropped}
-        write(folder, compressor, model, items, cfg.latents, base.id)
+        write(folder, compressor, model, items, cfg.latents, base.id, template)
     shown = ", ".join(
         f"{name} {before[name]:.3f} -> {after[name]:.3f} (left out: {dropped[name]:.3f})" for name in ("kl", "same_first", "ndcg3")
     )
     ctx.log(f"latents: {after['saved']:.0%} fewer prompt tokens; {shown}; ndcg3 of the full prompt {after['ndcg3_full']:.3f}")
-    return Result(rows_in=len(learn), rows_out=len(items.ids), tokens=stream.tokens, detail={"before": before, "after": after})
+    shorter = brief.fit(cfg, ctx, model, tokenizer, base, template)
+    return Result(rows_in=len(learn), rows_out=len(items.ids), tokens=stream.tokens, detail={"before": before, "after": after, **shorter})
 
 
 # -- items and prompts ------------------------------------------------------------------------------------------------
@@ -87,8 +90,7 @@ class Items:
     """The catalogue as the compressor reads it: `readings_IS` holds the tokens of ID and text, filled at the right (`lengths_I`)."""
 
     ids: list[str]
-    number_of: dict[str, int]  # semantic ID -> place
-    texts: list[str]
+    known: dict[str, tuple[str, str]]  # semantic ID -> item, text
     readings_IS: torch.Tensor
     lengths_I: torch.Tensor
     replaced: list[int]  # tokens that the prompt says an item with
@@ -96,22 +98,13 @@ class Items:
 
 def read_items(ctx: Context, cfg: Config, tokenizer: Any) -> Items:
     """Items with a semantic ID under the current tokenizer, in order of item_id."""
-    catalogue = ctx.lake.read("items", ["item_id", "text"], order_by=["item_id"])
-    codes = ctx.lake.read("semantic_ids", ["item_id", "token_text"], tokenizer=ctx.model("tokenizer", "tokenizer").id)
-    sid_of = dict(zip(codes["item_id"].to_pylist(), codes["token_text"].to_pylist(), strict=True))
-    text_of = {i: text for i, text in zip(*(catalogue[c].to_pylist() for c in ("item_id", "text")), strict=True) if i in sid_of}
-    ids, texts_ = list(text_of), list(text_of.values())
+    known = known_items(ctx)
     words = load_template(cfg.prompt.template).text_words
-    said = encode_all(tokenizer, [said_of(sid_of[i], text, words) for i, text in text_of.items()])
-    sids = encode_all(tokenizer, [sid_of[i] for i in ids])
-    readings = [[*sid, *text[: cfg.latents.text_tokens]] for sid, text in zip(sids, encode_all(tokenizer, texts_), strict=True)]
+    said = encode_all(tokenizer, [said_of(sid, text, words) for sid, (_, text) in known.items()])
+    texts_ = encode_all(tokenizer, [text for _, text in known.values()])
+    readings = [[*sid, *text[: cfg.latents.text_tokens]] for sid, text in zip(encode_all(tokenizer, list(known)), texts_, strict=True)]
     readings_IS, lengths_I = right_padded(readings, tokenizer.pad_token_id)
-    return Items(ids, {sid_of[i]: n for n, i in enumerate(ids)}, texts_, readings_IS, lengths_I, [len(tokens) for tokens in said])
-
-
-def said_of(sid: str, text: str, words: int) -> str:
-    """What a prompt says of an item beside its evidence: the ID, and the first words of its text where the template shows them."""
-    return f"{sid} {clean(text, words)}".strip()
+    return Items([item for item, _ in known.values()], known, readings_IS, lengths_I, [len(tokens) for tokens in said])
 
 
 @dataclass(frozen=True)
@@ -128,39 +121,18 @@ def texts(model: Any, tokenizer: Any, tasks: Sequence[Task], items: Items, templ
     """Prompts in the form that asks for no thought, each with the frozen model's own order as its answer."""
     prompts = [direct_form(task.prompt, template) + EMPTY_THOUGHT + ANSWER_OPEN for task in tasks]
     logp_BY = label_logprobs(model, tokenizer, prompts, list(LABELS))
+    rows_of = {item: (number,) for number, item in enumerate(items.ids)}
+    shorts = encode_marked(tokenizer, [marked(prompt, items.known, template.text_words) for prompt in prompts], rows_of)
     made = []
-    for task, prompt, logp_Y in zip(tasks, prompts, logp_BY, strict=True):
+    for task, prompt, short, logp_Y in zip(tasks, prompts, shorts, logp_BY, strict=True):
         order = sorted(task.incoming, key=lambda label: (-logp_Y[LABELS.index(label)], label))
         answer = tuple(encode(tokenizer, format_answer(order).removeprefix(ANSWER_OPEN)))
-        short = shortened(tokenizer, prompt, items, template.text_words)
         made.append(Text(task, (*encode(tokenizer, prompt), *answer), (*short, *answer), len(answer)))
     if not any(n < 0 for text in made for n in text.short):
         raise InputError(
             "no item was found in any prompt: rl_prompts and semantic_ids are of different tokenizers; run `gr2 stage rl_prompts`"
         )
     return made
-
-
-def direct_form(prompt: str, template: Template) -> str:
-    """A prompt that asks for a thought, as one that does not."""
-    head, found, tail = prompt.rpartition(template.closing["think"])
-    if not found:
-        return prompt
-    return head.replace(f" {template.steps}", "", 1) + template.closing["direct"] + tail
-
-
-def shortened(tokenizer: Any, prompt: str, items: Items, words: int) -> list[int]:
-    """A prompt's tokens with every item that it says as one place below zero."""
-    result: list[int] = []
-    end = 0
-    for match in _SID.finditer(prompt):
-        number = items.number_of.get(match[0])
-        if number is None:
-            continue
-        said = said_of(match[0], items.texts[number], words)
-        result += [*encode(tokenizer, prompt[end : match.start()]), -number - 1]
-        end = match.start() + len(said) if prompt.startswith(said, match.start()) else match.end()
-    return result + encode(tokenizer, prompt[end:])
 
 
 class Stream:
@@ -322,13 +294,11 @@ def order_at(tokenizer: Any, logp_V: torch.Tensor, labels: Sequence[str]) -> lis
 
 
 @torch.inference_mode()
-def write(folder: Path, compressor: Compressor, model: Any, items: Items, settings: Latents, base: str, batch: int = 512) -> None:
+def write(
+    folder: Path, compressor: Compressor, model: Any, items: Items, settings: Latents, base: str, template: Template, batch: int = 512
+) -> None:
     """The compressor, its settings, and every item's vectors."""
-    from safetensors.torch import save_file
-
-    save_file({name: tensor.contiguous() for name, tensor in compressor.state_dict().items()}, folder / "compressor.safetensors")
-    said = {"vectors": compressor.k, "text_tokens": settings.text_tokens, "scale": compressor.scale, "base": base}
-    (folder / "compressor.json").write_text(json.dumps(said, indent=1))
+    save(folder, compressor, base, template, vectors=compressor.k, text_tokens=settings.text_tokens, scale=compressor.scale)
     with pa.OSFile(str(folder / "vectors.arrow"), "wb") as sink, pa.ipc.new_file(sink, VECTORS) as writer:
         for start in range(0, len(items.ids), batch):
             numbers = torch.arange(start, min(start + batch, len(items.ids)))

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from deltalake import write_deltalake
 
 import schemas
@@ -13,10 +14,11 @@ from gr2 import artifacts
 from gr2.answers import FAILURES
 from gr2.config import Model
 from gr2.context import Context
-from gr2.errors import EngineError, MissingInputError
+from gr2.errors import ConfigError, EngineError, MissingInputError
 from gr2.prompts import load_template, vocabulary_texts
 from gr2.sids import sid_tokens, to_text
-from scoring.model import build_model, build_vocabulary, label_logprobs, load, load_tokenizer, save
+from scoring import compressed
+from scoring.model import build_model, build_vocabulary, encode, label_logprobs, load, load_tokenizer, save
 from spark_jobs import rerank_scores
 from spark_jobs.prompting import render_texts, views
 
@@ -126,6 +128,44 @@ def test_scores_are_permutations_or_named_failures_and_a_rerun_adds_nothing(make
     with pytest.raises(EngineError, match="nothing was published"):
         rerank_scores.run(ctx.cfg, ctx)
     assert ctx.lake.version("rerank_scores") == version, "a model that cannot be served stops the stage"
+
+
+def test_compressed_contexts_are_scored_under_their_own_names(make_ctx):
+    """Vectors that are the embeddings of an ID's own tokens change nothing; the policy here leaves out all that it may."""
+    ctx = make_ctx([*SETTINGS, "scoring.models={rl: [score], latents: [score, direct], brief: [score]}"])
+    world(ctx)
+    base, template = ctx.model("rl", "rl"), load_template("rerank_v1")
+    model, tokenizer = load(base.path)
+    policy = compressed.Shortener(len(tokenizer))
+    torch.nn.init.constant_(policy.bias, -1.0)
+    for name, module in (("latents", torch.nn.Linear(1, 1)), ("brief", policy)):
+        with artifacts.publish_folder(ctx.root, name, {}) as draft:
+            compressed.save(draft, module, base.id, template)
+    put(ctx, "item_latents", [])
+    with pytest.raises(MissingInputError, match="gr2 stage item_latents"):
+        rerank_scores.run(ctx.cfg, ctx)
+    own_VD = model.get_input_embeddings().weight.detach()
+    common = {"compressor": ctx.model("latents", "latents").id, "k": 2, "text_tokens": 2}
+    sids = {f"i{i}": to_text((i // 12, i % 12)) for i in range(1, ITEMS)}  # i0 is not among them: it stays said in tokens
+    vectors = {i: own_VD[encode(tokenizer, sid)].flatten().tolist() for i, sid in sids.items()}
+    put(ctx, "item_latents", [{**common, "item_id": i, "vectors": own} for i, own in vectors.items()])
+    rerank_scores.run(ctx.cfg, ctx)
+    rows = [r for r in ctx.lake.read("rerank_scores").to_pylist() if r["request_id"] != POISONED]
+    scored = [r for r in rows if r["mode"] == "score"]
+    by = {m: {(r["request_id"], r["replica"]): r for r in scored if r["model"] == m} for m in ("rl", "latents", "brief")}
+    assert len(by["rl"]) == len(by["latents"]) == len(by["brief"]) > 20
+    for key, plain in by["rl"].items():
+        embedded, short = by["latents"][key], by["brief"][key]
+        np.testing.assert_allclose(embedded["label_logprobs"], plain["label_logprobs"], atol=1e-4)
+        assert (embedded["prompt_tokens"], embedded["new_order"]) == (plain["prompt_tokens"], plain["new_order"])
+        assert embedded["prompt_hash"] != plain["prompt_hash"]
+        assert short["prompt_tokens"] < plain["prompt_tokens"] - 2 * (LISTED + 3)
+        assert sorted(short["new_order"]) == sorted(plain["new_order"])
+    assert {r["mode"] for r in rows if r["model"] == "latents"} == {"score", "direct"}
+
+    other = ctx.cfg.model_copy(update={"prompt": ctx.cfg.prompt.model_copy(update={"template": "rerank_v3"})})
+    with pytest.raises(ConfigError, match="another template"):
+        rerank_scores.run(other, Context(other))
 
 
 def answered(text: str = "", mode: str = "think", error: str = "", logprobs: list[float] | None = None) -> dict[str, Any]:

@@ -299,3 +299,10 @@ def test_normalised_pays_a_blind_swap_at_the_top() -> None:
     """A weakness of the published formula, kept in sight: see docs/reward_zoo.md."""
     assert blind_mean(BLIND["copy of the incoming order"], "normalised") == 0.0
     assert blind_mean(BLIND["first two swapped"], "normalised") == pytest.approx((1 + 1 / math.log2(3) - 1) / 5)
+
+
+def test_a_shorter_context_is_paid_for_what_it_saves_and_keeps_and_half_where_it_says_dots():
+    assert rewards.compression_reward("a b", 0.6, 0.9, 0.25) == pytest.approx(0.25 * 0.6 + 0.75 * 0.9)
+    assert rewards.compression_reward("a b", -0.6, 1.0, 0.25) == 0.75, "a longer one saves nothing"
+    for text in ("a ... b", "a\u2026"):
+        assert rewards.compression_reward(text, 0.5, 1.0, 0.2) == pytest.approx(0.45)
