@@ -9,6 +9,7 @@ text in other words.
 Shapes: B prompts, P pieces of a prompt, Y labels.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +20,6 @@ import torch
 from gr2.artifacts import Artifact
 from gr2.config import Config
 from gr2.context import Context
-from gr2.errors import InputError
 from gr2.metrics import kendall_tau, ndcg_at
 from gr2.prompts import ANSWER_OPEN, EMPTY_THOUGHT, LABELS, Template
 from gr2.rewards import compression_reward
@@ -34,35 +34,28 @@ REFERENCE = 256  # prompts that say what the full context's N@3 is
 
 
 def fit(cfg: Config, ctx: Context, model: Any, tokenizer: Any, base: Artifact, template: Template) -> dict[str, Any]:
-    """Trains and publishes `brief` against the frozen model; returns what was measured on held-out prompts.
-
-    Raises InputError where the frozen model puts no target among its first three: it has nothing to lose.
-    """
+    """Trains and publishes `brief` against the frozen model; returns what was measured on held-out prompts."""
     settings = cfg.latents.brief
     learn, held_out = ([asked(task, template) for task in read_tasks(ctx, split)] for split in ("rerank", "valid"))
     held_out = held_out[: cfg.latents.validate_requests]
     some = Deck(learn, cfg.seed).take(min(REFERENCE, len(learn)))
     full = float(ndcg_at([rank_of(task, order) for task, order in zip(some, orders(model, tokenizer, some), strict=True)], 3).mean())
-    if not full:
-        raise InputError("the model `rl` has an N@3 of 0 on its own training prompts: there is nothing for a shorter context to keep")
     policy = Shortener(model.get_input_embeddings().weight.shape[0])
     lengths = [len(ids) for ids in encode_all(tokenizer, [task.prompt for task in some])]
-    deck = Drawn(learn, cfg.seed, max(1, settings.tokens_per_batch // (cfg.latents.group * max(lengths))))
+    deck, size = Deck(learn, cfg.seed), max(1, settings.tokens_per_batch // (cfg.latents.group * max(lengths)))
     inputs = {"tables": {"rl_prompts": ctx.lake.content_version("rl_prompts")}, "models": {"rl": base.hash}}
     manifest = manifest_of(cfg, "latents", "brief", settings, inputs)
-    drafts = Drafts(model, tokenizer, template, cfg.latents.group, cfg.latents.alpha, full, settings.accumulation)
+    drafts = Drafts(model, tokenizer, template, cfg.latents.group, cfg.latents.alpha, full or 1.0, settings.accumulation)
     with publishing(ctx, "brief", manifest) as folder:
         train(
             policy,
-            deck,
+            (deck.take(size) for _ in itertools.count()),
             drafts.loss,
             settings,
             folder=folder,
             total_steps=max(1, settings.max_steps),
             ctx=ctx,
-            checkpoint=ctx.work("brief", "checkpoint"),
             seed=cfg.seed,
-            fingerprint=manifest["fingerprint"],
             label="brief",
         )
         after = measure(model, policy, tokenizer, template, held_out)
@@ -85,26 +78,6 @@ def direct_form(prompt: str, template: Template) -> str:
     if not found:
         return prompt
     return head.replace(f" {template.steps}", "", 1) + template.closing["direct"] + tail
-
-
-class Drawn(Deck):
-    """A deck that gives itself as batches without an end."""
-
-    def __init__(self, tasks: Sequence[Task], seed: int, size: int) -> None:
-        super().__init__(tasks, seed)
-        self.size = size
-
-    def __iter__(self) -> Any:
-        while True:
-            yield self.take(self.size)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where it stands."""
-        return {"taken": self.taken}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where `state` stood."""
-        self.taken = int(state["taken"])
 
 
 @dataclass(frozen=True)

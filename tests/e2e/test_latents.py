@@ -80,6 +80,8 @@ def test_a_policy_may_leave_out_the_context_and_never_what_an_answer_needs(world
 def test_a_compressor_is_not_asked_for_thoughts(section):
     with pytest.raises(ConfigError, match="brief is trained on prompts that ask for no thought"):
         settings("demo", [f"scoring.{section}.brief=[think]"])
+    with pytest.raises(ConfigError, match=r"latents\.brief trains in one process"):
+        settings("demo", ["latents.brief.processes=2"])
 
 
 def test_vectors_that_are_the_tokens_own_embeddings_change_nothing(world):

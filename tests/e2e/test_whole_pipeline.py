@@ -23,8 +23,9 @@ SMALL = [
     "midtrain.teacher.max_steps=80", "traces.max_attempts=4", "traces.no_target_requests=5", "sft.drills=100", "sft.student.max_steps=15",
     "sft.teacher.max_steps=10", "candidates.n=10", "sft.student.row_tokens=640", "sft.teacher.row_tokens=640",
     "rl.student.max_steps=2", "rl.teacher.max_steps=2", "rl.prompts_per_step=4", "rl.group=4",
-    "rl.max_refills=0", "rl.validate_requests=8", "opd.train.max_steps=2", "latents.train.max_steps=5", "distill.train.max_steps=5",
-    "distill.max_requests=20", "scoring.audit_requests=4", "scoring.miss_sample=5", "evaluation.bootstrap=100",
+    "rl.max_refills=0", "rl.validate_requests=8", "opd.train.max_steps=2", "latents.train.max_steps=5",
+    "latents.brief.max_steps=2", "distill.train.max_steps=5", "distill.max_requests=20",
+    "scoring.audit_requests=4", "scoring.miss_sample=5", "evaluation.bootstrap=100",
 ]  # fmt: skip
 
 
