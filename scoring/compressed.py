@@ -157,7 +157,13 @@ class Shortener(torch.nn.Module):
 
 def joined(found: Sequence[Piece], kept: Sequence[bool]) -> str:
     """The pieces that are kept, without lines that are empty now."""
-    return re.sub(r"\n{2,}", "\n", "".join(text for (text, _), stays in zip(found, kept, strict=True) if stays))
+    parts: list[str] = []
+    for (text, _), stays in zip(found, kept, strict=True):
+        if stays and text.startswith("\n") and parts and parts[-1] == "\n":
+            parts.pop()
+        if stays:
+            parts.append(text)
+    return "".join(parts)
 
 
 @torch.inference_mode()
