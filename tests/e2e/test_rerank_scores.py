@@ -161,7 +161,11 @@ def test_compressed_contexts_are_scored_under_their_own_names(make_ctx):
         assert embedded["prompt_hash"] != plain["prompt_hash"]
         assert short["prompt_tokens"] < plain["prompt_tokens"] - 2 * (LISTED + 3)
         assert sorted(short["new_order"]) == sorted(plain["new_order"])
-    assert {r["mode"] for r in rows if r["model"] == "latents"} == {"score", "direct"}
+    direct = [r for r in rows if r["mode"] == "direct"]
+    assert len(direct) == len(by["latents"])
+    assert {by["latents"][r["request_id"], r["replica"]]["prompt_tokens"] - r["prompt_tokens"] for r in direct} == {1}, (
+        "but for the opening"
+    )
 
     other = ctx.cfg.model_copy(update={"prompt": ctx.cfg.prompt.model_copy(update={"template": "rerank_v3"})})
     with pytest.raises(ConfigError, match="another template"):
