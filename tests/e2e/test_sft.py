@@ -41,9 +41,10 @@ def test_sft_learns_the_format_and_a_rerun_gives_the_same_model(make_ctx):
     trained = other.model("sft", "sft").path / "model.safetensors"
     assert other.model("sft", "sft").hash != first.hash, "other settings, not those of the trainer alone: trained anew"
     written, teacher = trained.stat().st_mtime_ns, other.model("sft-teacher", "sft").hash
-    longer = make_ctx([*QUICK, "sft.reasoning_weight=0.2", "sft.teacher.max_steps=3"])
+    how = ["sft.student.zero_stage=2", "sft.student.checkpoint_every=5"]
+    longer = make_ctx([*QUICK, "sft.reasoning_weight=0.2", "sft.teacher.max_steps=3", *how])
     sft.run(longer.cfg, longer)
-    assert trained.stat().st_mtime_ns == written, "the teacher's settings do not decide the student"
+    assert trained.stat().st_mtime_ns == written, "the teacher's settings do not decide the student, nor does how it is run"
     assert longer.model("sft-teacher", "sft").hash != teacher
 
 
