@@ -221,6 +221,7 @@ class Traces(Section):
     max_requests: int = Field(0, ge=0)  # seeded sample of those whose target is in the list; 0: all
     no_target_requests: int = Field(100, ge=0)  # seeded sample of those whose target is not
     concurrency: Positive = 8
+    requests_per_minute: int = Field(0, ge=0)  # to a service, retries included; 0: no limit
     timeout_seconds: float = Field(60.0, gt=0)
     retries: int = Field(3, ge=0)
     price_prompt: float = Field(0.0, ge=0)  # of a million tokens, in the service's currency
@@ -319,6 +320,9 @@ class Scoring(Section):
     workers: Positive = 1  # engines at once, one a Spark worker that has all cores of its machine
     kv_cache_gib: Positive = 1
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
+    structured: bool = False  # think and direct may write nothing but a thought and a list of labels, of which one may still come twice
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)  # GPUs only, as is the next
+    tensor_parallel: Positive = 1  # GPUs over which one engine spreads a model
 
 
 class Evaluation(Section):
@@ -392,6 +396,10 @@ class Config(Section):
             raise ValueError(f"candidates.beam ({self.candidates.beam}) must be at least candidates.n ({self.candidates.n})")
         if self.candidates.n > 20:
             raise ValueError("candidates.n must be at most 20: there are 20 labels")
+        if self.scoring.structured and self.prompt.max_answer_tokens < 2 * self.candidates.n + 1:
+            raise ValueError(
+                f"scoring.structured: prompt.max_answer_tokens must be at least {2 * self.candidates.n + 1} for that many labels"
+            )
         if self.data.source == "files" and not self.data.events.files:
             raise ValueError("data.source is files: say which in data.events.files, such as ['clicks/*.parquet']")
         if any(t.processes > 1 or t.checkpoint_every or t.lora for t in (self.rl.student, self.rl.teacher, self.opd.train)):

@@ -5,6 +5,7 @@ refused or brings nonsense becomes an `Answer` with an `error`; a service that r
 """
 
 import os
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +29,7 @@ class OpenAIEngine:
     """A service at `settings.url`. Raises ConfigError for a URL that is not http(s) or a missing model name."""
 
     def __init__(self, settings: Traces, key: SecretStr | None = None) -> None:
-        from openai import OpenAI
+        from openai import DefaultHttpxClient, OpenAI
 
         if urlsplit(settings.url).scheme not in ("http", "https") or not urlsplit(settings.url).hostname:
             raise ConfigError(f"traces.url {settings.url!r}: write the service's base URL, such as http://localhost:8000/v1")
@@ -40,10 +41,18 @@ class OpenAIEngine:
         self._settings = settings
         self.name = f"openai:{settings.model}"
         secret = self._key.get_secret_value() or "none"  # local services take any
-        self._client = OpenAI(base_url=settings.url, api_key=secret, timeout=settings.timeout_seconds, max_retries=settings.retries)
+        self._lock, self._next = threading.Lock(), 0.0
+        self._client = OpenAI(
+            base_url=settings.url,
+            api_key=secret,
+            timeout=settings.timeout_seconds,
+            max_retries=settings.retries,
+            http_client=DefaultHttpxClient(event_hooks={"request": [self._wait]}),
+        )
 
     def generate(self, asks: Sequence[Ask]) -> list[Answer]:
-        """One answer an ask, `traces.concurrency` at a time. Retries wait longer each time, with jitter, at most `traces.retries` times.
+        """One answer an ask, `traces.concurrency` at a time. Retries wait longer each time, with jitter, or as long as the service says in
+        Retry-After (up to a minute), at most `traces.retries` times. They too count for `traces.requests_per_minute`.
 
         Raises EngineError where the service refuses the key or does not know the model: every other request would fail too.
         """
@@ -60,6 +69,13 @@ class OpenAIEngine:
 
     def __repr__(self) -> str:
         return f"OpenAIEngine({self._settings.model!r})"
+
+    def _wait(self, _: Any) -> None:
+        """Lets requests go out evenly, `traces.requests_per_minute` of them."""
+        if rate := self._settings.requests_per_minute:
+            with self._lock:
+                turn = self._next = max(self._next + 60 / rate, time.monotonic())
+            time.sleep(max(0.0, turn - time.monotonic()))
 
     def _one(self, ask: Ask) -> Answer:
         from openai import APIError, AuthenticationError, NotFoundError, OpenAIError, PermissionDeniedError

@@ -53,6 +53,8 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(500, {"error": {"message": f"out of order, key {KEY}"}})
         elif wish == "busy":
             self.reply(429, {"error": {"message": "slow down"}}, {"Retry-After": "0"})
+        elif wish == "wait a second" and self.seen[wish] == 1:
+            self.reply(429, {"error": {"message": "slow down"}}, {"Retry-After": "1"})
         elif wish == "who are you":
             self.reply(401, {"error": {"message": f"bad key {self.headers['Authorization']}"}})
         elif wish == "not json":
@@ -170,6 +172,19 @@ def test_one_failure_is_one_row_after_bounded_retries(url: str, wish: str, says:
 def test_a_retry_can_succeed(url: str) -> None:
     assert engine(url).generate([ask("once broken")])[0].text == "said once broken"
     assert Handler.seen["once broken"] == 2
+
+
+def test_a_busy_service_is_asked_again_when_it_says(url: str) -> None:
+    answer = engine(url, timeout_seconds=5.0).generate([ask("wait a second")])[0]
+    assert (answer.text, Handler.seen["wait a second"]) == ("said wait a second", 2)
+    assert 1.0 <= answer.seconds < 3.0
+
+
+def test_requests_a_minute_are_kept_retries_included(url: str) -> None:
+    started = time.monotonic()
+    answers = engine(url, requests_per_minute=600, retries=2).generate([ask(f"q{i}") for i in range(4)] + [ask("busy")])
+    assert time.monotonic() - started >= 0.6, "seven requests, a tenth of a second apart"
+    assert ([bool(a.error) for a in answers], Handler.seen["busy"]) == ([False] * 4 + [True], 3)
 
 
 def test_an_empty_prompt_is_not_sent(url: str) -> None:
