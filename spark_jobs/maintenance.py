@@ -1,7 +1,8 @@
 """Stage `maintenance`: small files are joined, and files that no live release needs are removed (DESIGN contract 6).
 
 Reads   `releases`; the logs of all tables.
-Writes  no rows: OPTIMIZE rewrites files and VACUUM removes them; contents, and versions that are pinned, stay.
+Writes  no rows: OPTIMIZE rewrites files and VACUUM removes them; contents, and versions that are pinned, stay. Of work/ go answers that
+        killed engine jobs kept and that nobody took up.
 Rerun   harmless: joined files are not joined again, and removed ones are gone.
 Run     gr2 stage maintenance --profile demo
 
@@ -11,6 +12,7 @@ which a version cannot be read either, is kept as long as the oldest pin is old.
 
 import json
 import math
+import re
 import time
 from collections import Counter
 
@@ -22,6 +24,7 @@ from gr2.context import Context, Result
 from spark_jobs.session import alter
 
 DAY = 86_400.0  # seconds
+CHUNK = re.compile(r"\.?[0-9a-f]{24}\.parquet(-[0-9a-f]{8})?")  # whole, or as a killed worker left it
 LOG_DAYS = 30  # how long Delta keeps a log unless it is told otherwise
 
 
@@ -35,7 +38,9 @@ def run(cfg: Config, ctx: Context) -> Result:
             if done:
                 detail[name] = done
                 ctx.log(f"maintenance: {name}: {done}")
-    return Result(rows_out=freed, detail=detail)
+    if old := remove_chunks(cfg, ctx):
+        ctx.log(f"maintenance: {old} kept answers of runs that never ended removed")
+    return Result(rows_out=freed + old, detail=detail)
 
 
 def live_versions(ctx: Context) -> dict[str, set[int]]:
@@ -78,6 +83,16 @@ def join_files(cfg: Config, ctx: Context, name: str) -> int:
 
     compaction = DeltaTable.forPath(ctx.spark, ctx.table_path(name)).optimize().executeCompaction()
     return int(compaction.select("metrics.numFilesRemoved").collect()[0][0])
+
+
+def remove_chunks(cfg: Config, ctx: Context) -> int:
+    """Removes answers that killed engine jobs left in work/ (`engine_pool.answered`) and no later run took up; returns how many."""
+    before = time.time() - max(cfg.maintenance.keep_days, 1.0) * DAY  # those of a run at work are younger
+    chunks = (path for path in ctx.work().glob("*/*.parquet*") if CHUNK.fullmatch(path.name))
+    old = [path for path in chunks if path.stat().st_mtime < before]
+    for path in old:
+        path.unlink(missing_ok=True)
+    return len(old)
 
 
 def keep_log(ctx: Context, name: str, days: int) -> None:

@@ -2,6 +2,7 @@
 
 import datetime as dt
 import json
+import os
 
 import pyarrow as pa
 import pytest
@@ -54,6 +55,17 @@ def test_a_pinned_version_outlives_maintenance_until_its_release_is_retired(make
     maintenance.run(ctx.cfg, ctx)
     assert [readable(ctx, v) for v in (pinned, last)] == [None, 3]
     assert maintenance.run(ctx.cfg, ctx).rows_out == 0, "a rerun finds nothing to do"
+
+
+def test_answers_kept_for_a_run_that_never_came_are_removed_in_time(make_ctx):
+    ctx = make_ctx(AT_ONCE)
+    names = ["a" * 24 + ".parquet", "." + "b" * 24 + ".parquet-0123abcd", "c" * 24 + ".parquet", "notes.parquet"]
+    paths = [ctx.work("rerank_scores") / name for name in names]
+    for path, days in zip(paths, (2, 2, 0.5, 2), strict=True):
+        path.touch()
+        os.utime(path, (path.stat().st_atime, path.stat().st_mtime - days * maintenance.DAY))
+    assert maintenance.run(ctx.cfg, ctx).rows_out == 2
+    assert [path.exists() for path in paths] == [False, False, True, True]
 
 
 def test_young_versions_stay_without_any_pin(make_ctx):
