@@ -22,7 +22,9 @@ class Ask:
     """One request. `prompt` is the whole text that the model goes on from (chat template and prefill included).
 
     `messages`: the same as chat messages, for services that apply the template themselves. `view`, `target` (an item id; targeted mode
-    only) and `user` are the request as data: only a program reads them. `top_p` 1 samples from the model's own distribution.
+    only) and `user` are the request as data: only a program reads them. `top_p` 1 samples from the model's own distribution. `logprobs`:
+    the answer's tokens come with theirs, which costs time. `labels` force the form of what a model writes (vLLM only): a list of as many
+    labels, each one of these, after a thought of at most `thought` tokens (0: none); that none comes twice cannot be forced.
     """
 
     key: str
@@ -36,14 +38,17 @@ class Ask:
     target: str | None = None
     user: str = ""
     messages: tuple[Mapping[str, str], ...] = ()
+    logprobs: bool = False
+    labels: tuple[str, ...] = ()
+    thought: int = 0
 
 
 @dataclass(frozen=True)
 class Answer:
     """What came back. `error` is empty where generation succeeded; `finish`: "stop", or "length" where max_tokens cut the text.
 
-    `token_ids` (the end token included) and `logprobs` (log-probability of each under the distribution sampled from) are as long as each
-    other, and empty for engines that have no tokens of their own. `seconds`: its share of the wall time. `cost`: in the service's currency.
+    `token_ids`: the end token included; empty for engines that have no tokens of their own. `logprobs`: log-probability of each under the
+    distribution sampled from, where asked for. `seconds`: its share of the wall time. `cost`: in the service's currency.
     """
 
     key: str

@@ -253,12 +253,8 @@ def load(path: Path | str, dropout: float = 0.0) -> tuple[Any, Any]:
 
     Raises ModelError for a folder with pickled weights or code, without safetensors, or with a vocabulary that is not the model's.
     """
-    _check_folder(Path(path))
-    tokenizer = _tokenizer(str(path))
+    tokenizer = checked(path)
     model = _pretrained(str(path))
-    rows, top = model.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values(), default=-1)
-    if top >= rows:
-        raise ModelError(f"{path}: the vocabulary has token {top}, the model only {rows} rows: tokenizer and model do not belong together")
     model.generation_config = _generation_config(tokenizer)
     add_dropout(model, dropout)
     return model.eval(), tokenizer
@@ -269,14 +265,43 @@ def load_tokenizer(path: Path | str) -> Any:
     return _tokenizer(str(path))
 
 
+def checked(path: Path | str) -> Any:
+    """The tokenizer of a model that may be loaded, by whatever engine. Raises ModelError as `load` does."""
+    from transformers import AutoConfig
+
+    if Path(path).is_dir():  # else a Hugging Face id: `use_safetensors` holds there too
+        _check_folder(Path(path))
+    tokenizer = _tokenizer(str(path))
+    try:
+        rows = AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config().vocab_size
+    except (OSError, ValueError) as error:
+        raise ModelError(f"no model can be loaded from {path}: {error}") from None
+    if (top := max(tokenizer.get_vocab().values(), default=-1)) >= rows:
+        raise ModelError(
+            f"{path}: the vocabulary has token {top}, the model only {rows} rows: tokenizer and model do not belong together; "
+            "publish both from one training"
+        )
+    return tokenizer
+
+
+def check_items(tokenizer: Any, sids: Iterable[str], path: Path | str) -> None:
+    """Raises ModelError where a part of an item's semantic ID is no token of a model's vocabulary: it would be read in pieces."""
+    known = tokenizer.get_vocab()
+    if missing := sorted({m[0] for sid in sids for m in _SID.finditer(sid)} - known.keys()):
+        raise ModelError(
+            f"{path}: the vocabulary lacks {len(missing)} semantic-ID tokens of our items, such as {missing[0]}: the model is of another "
+            "tokenizer; run `gr2 stage midtrain` and what follows it again"
+        )
+
+
 def _check_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        return  # a Hugging Face id: `use_safetensors` holds there too
     refused = sorted(p.name for p in folder.rglob("*") if p.suffix in REFUSED)
     if refused:
-        raise ModelError(f"{folder} holds files of a refused type ({', '.join(refused)}): only safetensors and JSON are loaded")
+        raise ModelError(
+            f"{folder} holds files of a refused type ({', '.join(refused)}): only safetensors and JSON are loaded; remove them"
+        )
     if not any(folder.glob("*.safetensors")):
-        raise ModelError(f"{folder} holds no .safetensors weights")
+        raise ModelError(f"{folder} holds no .safetensors weights: save the model with `safe_serialization=True`")
 
 
 def _pretrained(path: str) -> Any:

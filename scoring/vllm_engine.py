@@ -14,6 +14,7 @@ import gc
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,13 @@ import torch
 from numpy.typing import NDArray
 
 from gr2.config import COMPRESSORS, Scoring
-from gr2.errors import EngineError, ModelError
+from gr2.errors import ConfigError, EngineError, ModelError
+from gr2.prompts import ANSWER_CLOSE, ANSWER_OPEN, ANSWER_SEPARATOR, END_THINK, THINK
 from scoring.compressed import Vectors, encode_marked
 from scoring.engine import Answer, Ask, failed
-from scoring.model import label_ids, load
+from scoring.model import checked, encode, label_ids, load
 
+CPU_BLOCK = 32  # tokens; by default 128, and what two prompts share would rarely fill one
 NEUTRAL = "vllm"  # the generation config of vLLM itself: whatever a model folder says about sampling is not read
 
 
@@ -44,6 +47,8 @@ class VLLMEngine:
             from vllm.exceptions import VLLMError
         except ImportError as error:
             raise EngineError(f"vLLM cannot be imported ({error}): install the extra `cpu` or `gpu`") from None
+        machine = _machine(settings)
+        checked(path)
         self.name = name or f"vllm:{Path(path).name}"
         self.vectors: Vectors | None = None
         try:
@@ -52,7 +57,6 @@ class VLLMEngine:
                 dtype=settings.dtype,
                 seed=seed,
                 max_model_len=max_len,
-                enforce_eager=True,
                 enable_prefix_caching=True,
                 enable_chunked_prefill=False,  # a prompt read in parts rewinds its seeded generator, which the CPU's cannot
                 enable_prompt_embeds=bool({*settings.models, *settings.live} & {*COMPRESSORS}),
@@ -62,6 +66,8 @@ class VLLMEngine:
                 logprobs_mode="processed_logprobs",
                 max_logprobs=32,
                 disable_log_stats=True,
+                structured_outputs_config={"backend": "guidance"},  # the one whose grammars count tokens
+                **machine,
             )
         except (RuntimeError, ValueError, OSError, VLLMError) as error:
             raise EngineError(f"vLLM cannot serve {path}: {error}") from error
@@ -69,6 +75,7 @@ class VLLMEngine:
         self._failures = (RuntimeError, ValueError, TypeError, VLLMError)  # of a request; vLLM's own are no ValueErrors
         self._limit = int(self._llm.model_config.max_model_len)
         self._labels: dict[tuple[str, ...], list[int]] = {}
+        self._several = settings.tensor_parallel > 1
 
     @property
     def tokenizer(self) -> Any:
@@ -127,6 +134,8 @@ class VLLMEngine:
 
     def load_weights(self, path: Path | str, name: str = "") -> None:
         """Becomes another model of the same architecture and vocabulary, in a fraction of a start. Raises ModelError where they differ."""
+        if self._several:
+            raise ModelError("weights are pushed within one process: with scoring.tensor_parallel a model has an engine of its own")
         model, tokenizer = load(path)
         if tokenizer.get_vocab() != self._tokenizer.get_vocab():
             raise ModelError(f"{path} has another vocabulary than the engine's model")
@@ -154,7 +163,7 @@ class VLLMEngine:
 
     def _batch(self, asks: list[Ask], prompts: list[list[int]]) -> list[Answer]:
         started = time.monotonic()
-        outputs = self._each(prompts, [partial(_params, ask) for ask in asks])
+        outputs = self._each(prompts, [partial(self._params, ask) for ask in asks])
         share = (time.monotonic() - started) / max(len(asks), 1)
         return [
             failed(ask, output) if isinstance(output, Exception) else _answer(ask, output, share)
@@ -171,7 +180,9 @@ class VLLMEngine:
     def _run(self, prompts: list[list[int]], params: Any) -> list[Any]:
         if not prompts:
             return []
-        return list(self._llm.generate([self._read(ids) for ids in prompts], params, use_tqdm=False))
+        # On CPUs vLLM's helpers would be compiled at their first use, for seconds, to count what a line of torch counts as fast.
+        with nullcontext() if _on_gpu() else torch.compiler.set_stance("force_eager"):
+            return list(self._llm.generate([self._read(ids) for ids in prompts], params, use_tqdm=False))
 
     def _read(self, ids: list[int]) -> Any:
         """A prompt as vLLM takes it."""
@@ -185,6 +196,35 @@ class VLLMEngine:
         embeds_TD = torch.zeros(len(ids), self.vectors.vectors_ND.shape[1], dtype=dtype)
         embeds_TD[~torch.tensor(said_T)] = self.vectors.vectors_ND[rows].to(dtype)
         return EmbedsPrompt(prompt_embeds=embeds_TD, prompt_token_ids=[max(n, 0) for n in ids], prompt_is_token_ids=said_T)
+
+    def _params(self, ask: Ask) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import StructuredOutputsParams
+
+        return SamplingParams(
+            max_tokens=ask.max_tokens,
+            temperature=ask.temperature,
+            top_p=ask.top_p,
+            seed=ask.seed,
+            stop=list(ask.stop) or None,
+            include_stop_str_in_output=True,
+            logprobs=0 if ask.logprobs else None,  # of the sampled token only
+            skip_special_tokens=True,
+            spaces_between_special_tokens=False,
+            structured_outputs=StructuredOutputsParams(grammar=self._grammar(ask.labels, ask.thought)) if ask.labels else None,
+        )
+
+    def _grammar(self, labels: tuple[str, ...], thought: int) -> str:
+        """A completion as a grammar of llguidance (Lark) over token ids, as we write it: so it takes a known number of tokens at most."""
+
+        def said(text: str) -> str:
+            return " ".join(f"<[{token}]>" for token in encode(self._tokenizer, text))
+
+        label = f"<[{','.join(map(str, self._label_ids(labels)))}]>"
+        answer = f"{said(ANSWER_OPEN)} {label} ({said(ANSWER_SEPARATOR)} {label}){{{len(labels) - 1}}} {said(ANSWER_CLOSE)}"
+        if not thought:
+            return f"start: {answer}"
+        return f"start: {said(THINK)} thought {said(END_THINK)} {answer}\nthought[max_tokens={thought}]: /[^<]*/"
 
     def _label_ids(self, labels: Sequence[str]) -> list[int]:
         key = tuple(labels)
@@ -208,20 +248,17 @@ def _environment(settings: Scoring) -> None:
         os.environ.setdefault(name, value)
 
 
-def _params(ask: Ask) -> Any:
-    from vllm import SamplingParams
+def _on_gpu() -> bool:
+    return torch.cuda.is_available()
 
-    return SamplingParams(
-        max_tokens=ask.max_tokens,
-        temperature=ask.temperature,
-        top_p=ask.top_p,
-        seed=ask.seed,
-        stop=list(ask.stop) or None,
-        include_stop_str_in_output=True,
-        logprobs=0,  # of the sampled token only
-        skip_special_tokens=True,
-        spaces_between_special_tokens=False,
-    )
+
+def _machine(settings: Scoring) -> dict[str, Any]:
+    """Settings of the engine that hold for this kind of machine. Raises ConfigError for those that it cannot follow."""
+    if _on_gpu():
+        return {"gpu_memory_utilization": settings.gpu_memory_utilization, "tensor_parallel_size": settings.tensor_parallel}
+    if settings.tensor_parallel > 1:
+        raise ConfigError("scoring.tensor_parallel is for GPUs and there is none here: leave it at 1, and set scoring.workers")
+    return {"enforce_eager": True, "block_size": CPU_BLOCK}
 
 
 def _answer(ask: Ask, output: Any, seconds: float) -> Answer:
@@ -233,7 +270,7 @@ def _answer(ask: Ask, output: Any, seconds: float) -> Answer:
         prompt_tokens=len(output.prompt_token_ids),
         completion_tokens=len(ids),
         token_ids=ids,
-        logprobs=tuple(step[token].logprob for step, token in zip(made.logprobs, ids, strict=True)),
+        logprobs=tuple(step[token].logprob for step, token in zip(made.logprobs, ids, strict=True)) if made.logprobs else (),
         prompt_token_ids=tuple(output.prompt_token_ids),
         seconds=seconds,
         finish=str(made.finish_reason),

@@ -39,10 +39,10 @@ from gr2.prompts import LABELS, Mode, View, prompt_hash
 from schemas.base import DOUBLE, FLOAT, INT, STRING, list_of
 from schemas.candidates import EXPERIMENT
 from scoring.compressed import base_of, compressing, vectors_of
-from scoring.engine import Ask, seed_of
-from scoring.model import load_tokenizer
+from scoring.engine import Ask
+from scoring.model import check_items, load_tokenizer
 from spark_jobs.engine_pool import Rows, Spec, answered, engine_for, portable
-from spark_jobs.prompting import render_texts, sample, template_of, views
+from spark_jobs.prompting import catalogue, render_texts, sample, template_of, views
 from spark_jobs.publish import publish
 
 RENDERED = 512  # prompts rendered at once
@@ -77,7 +77,8 @@ def run(cfg: Config, ctx: Context) -> Result:
         if ctx.lake.exists("rerank_scores"):
             ctx.pin("tables", "rerank_scores", ctx.lake.version("rerank_scores"))
         return Result(detail={"models": [m.id for m in models]})
-    with answered(ctx, "rerank_scores", asked, _answering(portable(cfg, ctx)), pa.schema([*ASKED, *ANSWERED])) as frame:
+    salt = f"{cfg.scoring.structured} {cfg.scoring.dtype}"
+    with answered(ctx, "rerank_scores", asked, _answering(portable(cfg, ctx)), pa.schema([*ASKED, *ANSWERED]), salt) as frame:
         values = frame.select("model_id", "mode", "labels", "logprobs", "prompt_tokens", "completion_tokens").toArrow()
         if values.num_rows != asked.num_rows:
             raise EngineError(
@@ -194,15 +195,20 @@ Renderer = Callable[[list[Shown], Mode], list[str]]
 
 
 def _renderers(cfg: Config, ctx: Context, models: list[Artifact], bases: dict[str, Artifact]) -> dict[str, Renderer]:
-    """Model -> function that renders a chunk as prompts ("" where unreadable); models with the same tokenizer share the work."""
+    """Model -> function that renders a chunk as prompts ("" where unreadable); models with the same tokenizer share the work.
+
+    Raises ModelError for a vocabulary that lacks tokens of our items.
+    """
     by_content: dict[str, Renderer] = {}
-    found = {}
+    found, sids = {}, [sid for sid, _ in catalogue(ctx)]
     for model in models:
         path = bases[model.name].path
         parts = sorted(p for p in path.iterdir() if p.name.startswith(("tokenizer", "chat_template", "special_tokens", "added_tokens")))
         content = hashlib.sha256(b"".join(p.read_bytes() for p in parts)).hexdigest()
         if content not in by_content:
-            by_content[content] = _renderer(cfg, load_tokenizer(path))
+            tokenizer = load_tokenizer(path)
+            check_items(tokenizer, sids, path)
+            by_content[content] = _renderer(cfg, tokenizer)
         found[model.name] = by_content[content]
         if model.name in COMPRESSORS:
             found[model.name] = _shorter(found[model.name], compressing(cfg, ctx, model))
@@ -273,17 +279,28 @@ def _answering(cfg: Config) -> Callable[[Rows], Callable[[Rows], Rows]]:
             engine: Any = engine_for(Spec("vllm", f"vllm:{name}", path), cfg)
             part = list(same)
             engine.vectors = vectors_of(Context(cfg), name, [r["prompt"] for r in part]) if name.startswith("latents@") else None
-            answers = _scores(engine, part) if mode == "score" else _texts(engine, part)
+            answers = _scores(engine, part) if mode == "score" else _texts(engine, part, cfg)
             made += [{**row, **answer} for row, answer in zip(part, answers, strict=True)]
         return made
 
     return lambda _: answer
 
 
-def _texts(engine: Any, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _texts(engine: Any, rows: list[dict[str, Any]], cfg: Config) -> list[dict[str, Any]]:
     """Greedy answers in the form ANSWERED."""
     readable = [r for r in rows if r["prompt"]]
-    asks = [Ask(_key(r), r["prompt"], r["max_tokens"], 0.0, seed_of(r["request_id"], r["replica"])) for r in readable]
+    asks = [
+        Ask(
+            _key(r),
+            r["prompt"],
+            r["max_tokens"],
+            temperature=0.0,
+            seed=0,
+            labels=tuple(sorted(r["labels"])) if cfg.scoring.structured else (),
+            thought=cfg.prompt.max_thought_tokens if r["mode"] == "think" else 0,
+        )
+        for r in readable
+    ]
     answers = {_key(r): a for r, a in zip(readable, engine.generate(asks) if asks else [], strict=True)}
     made = []
     for row in rows:

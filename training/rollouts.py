@@ -153,6 +153,7 @@ def sample(engine: Sampling, tasks: Sequence[Task], cfg: Config, step: int, run:
             limit_of(cfg.prompt, task.mode),
             cfg.rl.temperature,
             seed_of("rollout", cfg.seed, step, task.prompt_id, place),  # not of the run: its hash changes with every line of code
+            logprobs=True,
         )
         for task, place in drawn
     ]

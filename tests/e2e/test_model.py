@@ -20,6 +20,7 @@ from scoring.model import (
     add_dropout,
     build_model,
     build_vocabulary,
+    check_items,
     check_labels,
     encode,
     grow_vocabulary,
@@ -185,3 +186,10 @@ def test_label_scores_are_those_of_single_full_passes(saved: Path) -> None:
     for row, prompt in enumerate(prompts):
         logps = model(torch.tensor([encode(tokenizer, prompt)])).logits[0, -1].log_softmax(-1)
         np.testing.assert_allclose(scores[row], logps[[*label_ids(tokenizer, ["B", "A", "T"])]].detach().numpy(), atol=1e-5)
+
+
+def test_a_vocabulary_without_tokens_of_our_items_is_refused(saved: Path) -> None:
+    _, tokenizer = load(saved)
+    check_items(tokenizer, ["<a_1><b_2>"], saved)
+    with pytest.raises(ModelError, match=r"1 semantic-ID tokens of our items, such as <a_9999>.*gr2 stage midtrain"):
+        check_items(tokenizer, ["<a_1><b_2>", "<a_9999><b_2>"], saved)

@@ -1,6 +1,7 @@
 """The engine on a tiny real model: sampling, label scores, failures one by one, and weights that follow a trainer."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from gr2.answers import parse
 from gr2.config import Model, Scoring
-from gr2.errors import ModelError
+from gr2.errors import ConfigError, ModelError
 from gr2.prompts import LABELS
 from gr2.sids import sid_tokens
 from scoring.engine import Ask, seed_of
@@ -45,7 +47,14 @@ def engine(folder: Path) -> Iterator[Any]:
 
 def ask(i: int, **changed: Any) -> Ask:
     """A sampled request."""
-    given = {"key": str(i), "prompt": PROMPTS[i % 8], "max_tokens": 12, "temperature": 1.0, "seed": seed_of("test", i)} | changed
+    given = {
+        "key": str(i),
+        "prompt": PROMPTS[i % 8],
+        "max_tokens": 12,
+        "temperature": 1.0,
+        "seed": seed_of("test", i),
+        "logprobs": True,
+    } | changed
     return Ask(**given)
 
 
@@ -75,6 +84,59 @@ def test_a_seed_decides_its_sample_whatever_else_is_in_the_batch(engine: Any) ->
     among = engine.generate([ask(i) for i in range(8)])[5]
     assert alone.token_ids == among.token_ids
     assert engine.generate([ask(5, seed=1)])[0].token_ids != alone.token_ids
+
+
+def test_log_probabilities_come_only_where_asked_for(engine: Any) -> None:
+    for temperature in (0.0, 1.0):
+        asked, plain = (engine.generate([ask(i, temperature=temperature, logprobs=lp) for i in range(8)]) for lp in (True, False))
+        assert [a.token_ids for a in asked] == [a.token_ids for a in plain]
+        assert {a.logprobs for a in plain} == {()}
+        assert all(len(a.logprobs) == len(a.token_ids) for a in asked)
+
+
+def test_a_random_model_writes_the_form_that_is_forced(engine: Any) -> None:
+    statuses = {}
+    for mode, thought, prefilled in (("think", 6, ""), ("direct", 0, "<think></think>")):
+        shapes: tuple[dict[str, Any], ...] = ({}, {"labels": LABELS[:3], "thought": thought})
+        for name, shape in zip(("free", "forced"), shapes, strict=True):
+            asks = [ask(i, prompt=PROMPTS[i % 8] + prefilled, max_tokens=thought + 15, **shape) for i in range(32)]
+            statuses[mode, name] = {parse(a.text, LABELS[:3], mode).status for a in engine.generate(asks)}  # type: ignore[arg-type]
+    assert statuses["think", "free"] == {"missing_thought"}
+    assert "ok" not in statuses["direct", "free"]
+    assert statuses["think", "forced"] == statuses["direct", "forced"] == {"ok", "repeated_label"}
+
+
+def test_what_prompts_share_is_read_once(engine: Any) -> None:
+    shared = "<bos>" + "<a_1><b_2>" * 40
+    rows = [encode(engine.tokenizer, f"{shared} @{label}<a_3> next high") for label in LABELS[:6]]
+    params = engine._params(ask(0, max_tokens=1))
+    cached = [output.num_cached_tokens for output in engine._run(rows, params)]
+    assert cached == [0] + [64] * 5, "81 tokens are two blocks"
+
+
+@pytest.mark.parametrize(
+    ("broken", "says"), [("pickle", "training_args.bin"), ("weights", r"no \.safetensors"), ("vocabulary", "do not belong together")]
+)
+def test_folders_that_cannot_be_served_are_refused_before_a_start(folder: Path, tmp_path: Path, broken: str, says: str) -> None:
+    from scoring.vllm_engine import VLLMEngine
+
+    shutil.copytree(folder, tmp_path / "model")
+    if broken == "pickle":
+        (tmp_path / "model" / "training_args.bin").write_bytes(b"\x80")
+    elif broken == "weights":
+        (tmp_path / "model" / "model.safetensors").unlink()
+    else:
+        build_vocabulary(PROMPTS, 400, sid_tokens(2, 64), tmp_path / "model")
+    with pytest.raises(ModelError, match=says):
+        VLLMEngine(tmp_path / "model", Scoring())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CPU's refusal")
+def test_gpu_settings_are_refused_on_a_cpu(folder: Path) -> None:
+    from scoring.vllm_engine import VLLMEngine
+
+    with pytest.raises(ConfigError, match=r"scoring\.tensor_parallel"):
+        VLLMEngine(folder, Scoring(tensor_parallel=2))
 
 
 def test_poisoned_prompts_fail_alone(engine: Any) -> None:
