@@ -16,7 +16,7 @@ setup: .cache/ready  ## Install the locked environment and fetch the Delta jars,
 .cache/ready: pyproject.toml uv.lock
 	@bash conf/require.sh
 	@[ -x "$(UV)" ] || command -v uv >/dev/null || (python3 -m venv .cache/uv && .cache/uv/bin/pip install --quiet uv)
-	$(UV) sync --frozen --quiet --extra $(EXTRA)
+	$(UV) sync --frozen --quiet --compile-bytecode --extra $(EXTRA)
 	$(RUN) python -m spark_jobs.jars
 	@touch .cache/ready
 

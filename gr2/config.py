@@ -413,6 +413,8 @@ class Config(Section):
             raise ValueError("latents.brief trains in one process and starts again: leave out processes, lora and checkpoint_every")
         if bad := [name for name in COMPRESSORS for asked in (self.scoring.models, self.scoring.live) if "think" in asked.get(name, ())]:
             raise ValueError(f"scoring: {bad[0]} is trained on prompts that ask for no thought: take direct or score")
+        if self.scoring.structured and "latents" in {*self.scoring.models, *self.scoring.live}:
+            raise ValueError("scoring: vLLM gives its tokenizer a token for vectors, which grammars refuse: take structured or latents")
         return self
 
     def digest(self, *sections: str) -> str:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gr2.config import COMPRESSORS, Scoring
+from gr2.config import Scoring
 from gr2.errors import ConfigError, EngineError, ModelError
 from gr2.prompts import ANSWER_CLOSE, ANSWER_OPEN, ANSWER_SEPARATOR, END_THINK, THINK
 from scoring.compressed import Vectors, encode_marked
@@ -59,7 +59,7 @@ class VLLMEngine:
                 max_model_len=max_len,
                 enable_prefix_caching=True,
                 enable_chunked_prefill=False,  # a prompt read in parts rewinds its seeded generator, which the CPU's cannot
-                enable_prompt_embeds=bool({*settings.models, *settings.live} & {*COMPRESSORS}),
+                enable_prompt_embeds="latents" in {*settings.models, *settings.live},
                 trust_remote_code=False,
                 load_format="safetensors",
                 generation_config=NEUTRAL,

@@ -131,7 +131,7 @@ def test_scores_are_permutations_or_named_failures_and_a_rerun_adds_nothing(make
 
 def test_compressed_contexts_are_scored_under_their_own_names(make_ctx):
     """Vectors that are the embeddings of an ID's own tokens change nothing; the policy here leaves out all that it may."""
-    ctx = make_ctx([*SETTINGS, "scoring.models={rl: [score], latents: [score, direct], brief: [score]}"])
+    ctx = make_ctx([*SETTINGS, "scoring.structured=false", "scoring.models={rl: [score], latents: [score, direct], brief: [score]}"])
     world(ctx)
     base, template = ctx.model("rl", "rl"), load_template("rerank_v1")
     model, tokenizer = load(base.path)
