@@ -52,7 +52,7 @@ class Form:
 
 def scored(engine: VLLMEngine, ctx: Context, rows: Sequence[dict[str, Any]], targets: dict[str, str]) -> Form:
     """Asks, and orders as the stage does: by each label's log-probability less its mean."""
-    prompts = [row["prompt"] for row in rows]
+    prompts = [row["prompts"][0] for row in rows]
     engine.vectors = vectors_of(ctx, rows[0]["model_id"], prompts) if rows[0]["model"] == "latents" else None
     labels = LABELS[: max(len(row["labels"]) for row in rows)]
     engine.label_logprobs(prompts[:8], labels)
@@ -113,13 +113,13 @@ def _measure(cfg: Config, most: int) -> None:
     candidates = ctx.lake.read("candidates", ["request_id", "candidate_ids", "grades"], split="test").to_pylist()
     targets = {r["request_id"]: r["candidate_ids"][int(np.argmax(r["grades"]))] for r in candidates}
     asked = asks(cfg, ctx, models).to_pylist()
-    rows = {name: [row for row in asked if row["model"] == name and row["prompt"]][:most] for name in FORMS}
+    rows = {name: [row for row in asked if row["model"] == name and row["prompts"]][:most] for name in FORMS}
     engine = VLLMEngine(rows["rl"][0]["path"], cfg.scoring)
     forms = {name: scored(engine, ctx, rows[name], targets) for name in FORMS}
     engine.close()
     said = ctx.lake.read("item_latents", ["item_id", "text_tokens"], compressor=models[1].id)
     tokens_of = dict(zip(said["item_id"].to_pylist(), said["text_tokens"].to_pylist(), strict=True))
-    share = sum(tokens_of[item] for row in rows["latents"] for item in items_in(row["prompt"])) / sum(forms["rl"].tokens)
+    share = sum(tokens_of[item] for row in rows["latents"] for item in items_in(row["prompts"][0])) / sum(forms["rl"].tokens)
     table(forms)
     print(f"\n{len(rows['rl'])} requests, template {cfg.prompt.template}; {share:.1%} of the whole prompts' tokens say items.", flush=True)
 

@@ -107,9 +107,9 @@ def _measure(profile: str, root: Path, there: Path, most: int) -> None:
     ctx = Context(cfg)
     model = ctx.model(MODEL, "rl")
     table: list[dict[str, Any]] = asks(cfg, ctx, [model]).to_pylist()[:most]
-    prompts, room = [row["prompt"] for row in table], table[0]["max_tokens"]
+    prompts, room = [row["prompts"][0] for row in table], table[0]["max_tokens"]
     scoring = cfg.model_copy(update={"scoring": cfg.scoring.model_copy(update={"models": {MODEL: ("score",)}})})
-    of_score = asks(scoring, ctx, [model])["prompt"].to_pylist()[:most]
+    of_score = [prompts[0] for prompts in asks(scoring, ctx, [model])["prompts"].to_pylist()[:most]]
     count, whole, job, said = of_the_stage(profile, there, settings)
     started = time.perf_counter()
     engine = VLLMEngine(model.path, cfg.scoring)

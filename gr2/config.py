@@ -313,6 +313,7 @@ class Scoring(Section):
     live: dict[Name, Modes] = {"rl": ("score",)}  # what answers for a night's lists
     splits: tuple[Literal["valid", "test"], ...] = ("test",)
     replicas: Positive = 1
+    shuffles: Positive = 1  # of a list, over which the mode score adds up: steadier orders, as many prompts
     audit_replicas: Positive = 3  # permuted replicas on a sample, for the position audit
     audit_requests: Positive = 64
     miss_sample: int = Field(100, ge=0)  # scored requests whose target is not in the list (all of those with it are scored)

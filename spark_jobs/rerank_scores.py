@@ -10,8 +10,9 @@ A rerun is harmless: what the table holds is not asked again; decoding is greedy
 published: a run that was killed goes on where it stopped. A request that cannot be read or answered is a row with the failure's name.
 
 Modes: think and direct generate; score orders by the labels' log-probabilities at the first answer position, less the label's prior
-(its mean over all scored requests of the model: what the label's name alone is worth). `latents` and `brief` in scoring.models (modes
-direct and score) are what the model `rl` answers to compressed contexts (METHOD 9); their rows count the tokens of what it read.
+(its mean over all scored requests of the model: what the label's name alone is worth), summed over scoring.shuffles of the list
+(permutation self-consistency, METHOD 5: all their prompts count as tokens). `latents` and `brief` in scoring.models (modes direct and
+score) are what the model `rl` answers to compressed contexts (METHOD 9); their rows count the tokens of what it read.
 
     gr2 stage rerank_scores --profile P [--date 2026-01-05]
 """
@@ -35,7 +36,7 @@ from gr2.artifacts import Artifact
 from gr2.config import COMPRESSORS, Config
 from gr2.context import Context, Result
 from gr2.errors import EngineError, MissingInputError, ModelError
-from gr2.prompts import LABELS, Mode, View, prompt_hash
+from gr2.prompts import Mode, View, make_view, prompt_hash
 from schemas.base import DOUBLE, FLOAT, INT, STRING, list_of
 from schemas.candidates import EXPERIMENT
 from scoring.compressed import base_of, compressing, vectors_of
@@ -46,12 +47,13 @@ from spark_jobs.prompting import catalogue, render_texts, sample, template_of, v
 from spark_jobs.publish import publish
 
 RENDERED = 512  # prompts rendered at once
+TURN = 1000  # more than a request has replicas
 ROOM = 4  # tokens beyond thought and answer: the tags and the end
 UNREADABLE, ENGINE = "prompt_too_long", "engine_error"
 ASKED = pa.schema(
     [
         ("request_id", STRING), ("model_id", STRING), ("model", STRING), ("mode", STRING), ("replica", INT), ("split", STRING),
-        ("night", STRING), ("path", STRING), ("prompt", STRING), ("prompt_hash", STRING), ("max_tokens", INT),
+        ("night", STRING), ("path", STRING), ("prompts", list_of(STRING)), ("prompt_hash", STRING), ("max_tokens", INT),
         ("candidates", list_of(STRING)), ("labels", list_of(STRING)), ("shown", list_of(INT)),
     ]
 )  # fmt: skip
@@ -143,8 +145,8 @@ def asks(cfg: Config, ctx: Context, models: list[Artifact]) -> pa.Table:
             for model in models:
                 for mode in asked.get(model.name, ()):
                     texts = renderers[model.name](part, mode)
-                    path = bases[model.name].path
-                    rows = [_ask(cfg, model, path, mode, row, view, text) for (row, view), text in zip(part, texts, strict=True)]
+                    path, turns = bases[model.name].path, _turns(cfg, mode)
+                    rows = [_ask(cfg, model, path, mode, *told, texts[i * turns : (i + 1) * turns]) for i, told in enumerate(part)]
                     parts.append(pa.Table.from_pylist([r for r in rows if tuple(r[k] for k in KEY) not in known], schema=ASKED))
     found = pa.concat_tables(parts)
     return found.sort_by([(name, "ascending") for name in ("model", "mode", "request_id", "replica")])  # a worker becomes each model once
@@ -191,7 +193,17 @@ def _chunks(stream: Iterator[Shown]) -> Iterator[list[Shown]]:
         yield part
 
 
-Renderer = Callable[[list[Shown], Mode], list[str]]
+Renderer = Callable[[list[Shown], Mode], list[str]]  # of each request its turns, one after the other
+
+
+def _turns(cfg: Config, mode: Mode) -> int:
+    return cfg.scoring.shuffles if mode == "score" else 1
+
+
+def _turned(cfg: Config, row: dict[str, Any], view: View, turns: int) -> list[View]:
+    """The view, and the same request under other shuffles, which no replica has."""
+    more = [row["replica"] + TURN * turn for turn in range(1, turns)]
+    return [view, *(make_view(view.request_id, view.history, view.candidates, replica, cfg.prompt.shuffled) for replica in more)]
 
 
 def _renderers(cfg: Config, ctx: Context, models: list[Artifact], bases: dict[str, Artifact]) -> dict[str, Renderer]:
@@ -224,7 +236,8 @@ def _renderer(cfg: Config, tokenizer: Any) -> Renderer:
 
     def render(part: list[Shown], mode: Mode) -> list[str]:
         if mode not in last or last[mode][0] is not part:
-            last[mode] = (part, _rendered(cfg, tokenizer, [view for _, view in part], mode))
+            turned = [view for row, shown in part for view in _turned(cfg, row, shown, _turns(cfg, mode))]
+            last[mode] = (part, _rendered(cfg, tokenizer, turned, mode))
         return last[mode][1]
 
     return render
@@ -240,8 +253,9 @@ def _rendered(cfg: Config, tokenizer: Any, shown: list[View], mode: Mode) -> lis
         return [_rendered(cfg, tokenizer, [view], mode)[0] for view in shown]
 
 
-def _ask(cfg: Config, model: Artifact, path: Path, mode: Mode, row: dict[str, Any], view: View, prompt: str) -> dict[str, Any]:
+def _ask(cfg: Config, model: Artifact, path: Path, mode: Mode, row: dict[str, Any], view: View, prompts: list[str]) -> dict[str, Any]:
     thought = cfg.prompt.max_thought_tokens if mode == "think" else 0
+    labels = [label for turn in _turned(cfg, row, view, len(prompts)) for label in turn.labels]
     return {
         "request_id": row["request_id"],
         "model_id": model.id,
@@ -251,11 +265,11 @@ def _ask(cfg: Config, model: Artifact, path: Path, mode: Mode, row: dict[str, An
         "split": row["split"],
         "night": row["night"],
         "path": str(path),
-        "prompt": prompt,
-        "prompt_hash": prompt_hash(template_of(cfg.prompt), prompt),
+        "prompts": prompts if all(prompts) else [],
+        "prompt_hash": prompt_hash(template_of(cfg.prompt), "\n".join(prompts)),
         "max_tokens": thought + cfg.prompt.max_answer_tokens + ROOM,
         "candidates": [c.item_id for c in view.candidates],
-        "labels": list(view.labels),
+        "labels": labels,
         "shown": list(view.shown),
     }
 
@@ -278,7 +292,9 @@ def _answering(cfg: Config) -> Callable[[Rows], Callable[[Rows], Rows]]:
         for (name, path, mode), same in itertools.groupby(rows, key=lambda r: (r["model_id"], r["path"], r["mode"])):
             engine: Any = engine_for(Spec("vllm", f"vllm:{name}", path), cfg)
             part = list(same)
-            engine.vectors = vectors_of(Context(cfg), name, [r["prompt"] for r in part]) if name.startswith("latents@") else None
+            engine.vectors = (
+                vectors_of(Context(cfg), name, itertools.chain(*(r["prompts"] for r in part))) if name.startswith("latents@") else None
+            )
             answers = _scores(engine, part) if mode == "score" else _texts(engine, part, cfg)
             made += [{**row, **answer} for row, answer in zip(part, answers, strict=True)]
         return made
@@ -288,11 +304,11 @@ def _answering(cfg: Config) -> Callable[[Rows], Callable[[Rows], Rows]]:
 
 def _texts(engine: Any, rows: list[dict[str, Any]], cfg: Config) -> list[dict[str, Any]]:
     """Greedy answers in the form ANSWERED."""
-    readable = [r for r in rows if r["prompt"]]
+    readable = [r for r in rows if r["prompts"]]
     asks = [
         Ask(
             _key(r),
-            r["prompt"],
+            r["prompts"][0],
             r["max_tokens"],
             temperature=0.0,
             seed=0,
@@ -316,22 +332,22 @@ def _texts(engine: Any, rows: list[dict[str, Any]], cfg: Config) -> list[dict[st
 
 
 def _scores(engine: Any, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Log-probabilities of each candidate's label at the first answer position, in the form ANSWERED."""
-    readable = [r for r in rows if r["prompt"]]
-    labels = LABELS[: max(len(r["labels"]) for r in rows)]
+    """Log-probabilities of each candidate's label at the first answer position, turn after turn, in the form ANSWERED."""
+    prompts = [prompt for row in rows for prompt in row["prompts"]]
+    names = sorted({label for row in rows for label in row["labels"]})
     started = time.monotonic()
-    found_BY = engine.label_logprobs([r["prompt"] for r in readable], labels) if readable else np.zeros((0, len(labels)))
-    seconds = (time.monotonic() - started) / max(1, len(readable))
-    lengths = [len(ids) for ids in engine.encode([r["prompt"] for r in readable])]
-    by_key = {_key(r): (values, length) for r, values, length in zip(readable, found_BY, lengths, strict=True)}
+    found_BY = engine.label_logprobs(prompts, names) if prompts else np.zeros((0, len(names)))
+    seconds = (time.monotonic() - started) / max(1, len(prompts))
+    answers = zip(found_BY, [len(ids) for ids in engine.encode(prompts)], strict=True)
     made = []
     for row in rows:
-        if _key(row) not in by_key:
+        turns = list(itertools.islice(answers, len(row["prompts"])))
+        if not turns:
             made.append(_failed(UNREADABLE))
             continue
-        values, length = by_key[_key(row)]
-        own = [float(values[labels.index(label)]) for label in row["labels"]]
-        base = {"text": "", "prompt_tokens": length, "completion_tokens": 1, "seconds": seconds}
+        listed = np.array_split(row["labels"], len(turns))
+        own = [float(values[names.index(label)]) for labels, (values, _) in zip(listed, turns, strict=True) for label in labels]
+        base = {"text": "", "prompt_tokens": sum(n for _, n in turns), "completion_tokens": len(turns), "seconds": seconds * len(turns)}
         broken = not np.isfinite(own).all()
         made.append({**base, "error": ENGINE if broken else "", "logprobs": None if broken else own})
     return made
@@ -394,8 +410,9 @@ def judge(row: dict[str, Any], prior: dict[str, float]) -> dict[str, Any]:
 
 
 def score_order(candidates: list[str], labels: list[str], logprobs: list[float], prior: dict[str, float]) -> list[str]:
-    """Candidates by descending label log-probability less the label's prior; ties in incoming order."""
-    gain = [value - prior.get(label, 0.0) for label, value in zip(labels, logprobs, strict=True)]
+    """Candidates by descending label log-probability less the label's prior, summed over turns; ties in incoming order."""
+    gains = [value - prior.get(label, 0.0) for label, value in zip(labels, logprobs, strict=True)]
+    gain = np.reshape(gains, (-1, len(candidates))).sum(axis=0).tolist()
     return [candidates[place] for place in sorted(range(len(candidates)), key=lambda place: (-gain[place], place))]
 
 

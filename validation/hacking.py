@@ -61,7 +61,7 @@ def _of(name: str, rows: list[Row], incoming: Mapping[str, Sequence[str]], targe
 
 
 def _labels(row: Row, incoming: Mapping[str, Sequence[str]]) -> list[str]:
-    names = dict(zip(incoming[row["request_id"]], row["labels"], strict=True))
+    names = dict(zip(incoming[row["request_id"]], row["labels"], strict=False))  # of several shuffles the first
     return [names[item] for item in row["new_order"]]
 
 

@@ -69,7 +69,7 @@ def _lift(name: str, answered: list[Row], incoming: Mapping[str, Sequence[str]])
         full = [r for r in answered if len(r["shown"]) == size]
         places = [list(incoming[r["request_id"]]).index(r["new_order"][0]) for r in full]
         spots = [
-            list(r["shown"]).index(p) if what == "slot" else sorted(r["labels"]).index(r["labels"][p])
+            list(r["shown"]).index(p) if what == "slot" else sorted(set(r["labels"])).index(r["labels"][p])
             for r, p in zip(full, places, strict=True)
         ]
         counts = np.bincount(spots, minlength=size) if full else np.zeros(0)

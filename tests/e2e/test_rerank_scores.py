@@ -171,6 +171,34 @@ def test_compressed_contexts_are_scored_under_their_own_names(make_ctx):
         rerank_scores.run(other, Context(other))
 
 
+def test_several_shuffles_of_a_list_give_a_steadier_order_and_cost_their_tokens(make_ctx):
+    """What a random model says of a candidate is noise of slots and labels: added up over more of them, replicas differ less."""
+    settings = [*SETTINGS, "scoring.models={rl: [score]}", "scoring.audit_requests=24", "scoring.miss_sample=24"]
+    found = {}
+    for shuffles in (1, 8):
+        ctx = make_ctx([*settings, f"scoring.shuffles={shuffles}", f"paths.root={make_ctx().root / str(shuffles)}"])
+        world(ctx)
+        rerank_scores.run(ctx.cfg, ctx)
+        rows = [r for r in ctx.lake.read("rerank_scores").to_pylist() if r["status"] == "ok"]
+        assert {len(r["label_logprobs"]) for r in rows} == {len(r["labels"]) for r in rows} == {LISTED * shuffles}
+        assert {r["completion_tokens"] for r in rows} == {shuffles}
+        said = [(label, value) for r in rows for label, value in zip(r["labels"], r["label_logprobs"], strict=True)]
+        prior = {name: float(np.mean([value for label, value in said if label == name])) for name in dict(said)}
+        gains, incoming = {}, {r["request_id"]: r["candidate_ids"] for r in ctx.lake.read("candidates").to_pylist()}
+        for r in rows:
+            less = np.array(r["label_logprobs"]) - [prior[label] for label in r["labels"]]
+            gains[r["request_id"], r["replica"]] = less.reshape(shuffles, LISTED).mean(axis=0)
+            wanted = np.argsort(-gains[r["request_id"], r["replica"]], kind="stable")
+            assert r["new_order"] == [incoming[r["request_id"]][place] for place in wanted]
+        spread = np.mean([(gains[request, 0] - gains[request, 1]) ** 2 for request, replica in gains if replica == 1])
+        found[shuffles] = (spread, {(r["request_id"], r["replica"]): r for r in rows})
+    assert found[8][0] < 0.3 * found[1][0], "noise of eight shuffles has an eighth of the variance"
+    for key, row in found[1][1].items():
+        more = found[8][1][key]
+        np.testing.assert_allclose(more["label_logprobs"][:LISTED], row["label_logprobs"], atol=1e-5)
+        assert 7 * row["prompt_tokens"] < more["prompt_tokens"] < 9 * row["prompt_tokens"]
+
+
 def answered(text: str = "", mode: str = "think", error: str = "", logprobs: list[float] | None = None) -> dict[str, Any]:
     return {"mode": mode, "error": error, "text": text, "logprobs": logprobs, "labels": ["B", "C", "A"], "candidates": ["x", "y", "z"]}
 
