@@ -47,7 +47,7 @@ def set_defaults() -> None:
     cores = os.cpu_count() or 1
     defaults = {
         "OMP_WAIT_POLICY": "PASSIVE",  # busy-waiting threads make generation ten times slower on shared cores
-        "OMP_NUM_THREADS": str(cores),  # else Spark sets it to one for its Python workers
+        "OMP_NUM_THREADS": str(cores),
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # weights load in a blink

@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import re
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -139,7 +140,7 @@ def _keeping(job: Job, schema: pa.Schema) -> Callable[[Iterator[pa.RecordBatch]]
         rows = [row for batch in batches for row in batch.to_pylist()]
         if not rows:
             return
-        _take_gpus()
+        _take_machine()
         answer = job(rows)
         for path, chunk in itertools.groupby(rows, key=lambda row: row[PATH]):
             if not Path(path).exists():  # an earlier attempt at this task may have got so far
@@ -157,8 +158,12 @@ def _starts() -> pa.RecordBatch:
     return pa.RecordBatch.from_pydict({"process": [_PROCESS], "starts": pa.array([len(_STARTED)], pa.int32())})
 
 
-def _take_gpus() -> None:
-    """Shows this process only the GPUs that Spark gave its task: two tasks of a machine share none."""
+def _take_machine() -> None:
+    """All cores, where Spark tells its Python workers to use one; of the GPUs those that it gave this task: two tasks share none."""
+    cores = len(os.sched_getaffinity(0))
+    os.environ["OMP_NUM_THREADS"] = str(cores)
+    if torch := sys.modules.get("torch"):  # read the variable when it was imported
+        torch.set_num_threads(cores)
     context = TaskContext.get()
     if context and (gpus := context.resources().get("gpu")):
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus.addresses)

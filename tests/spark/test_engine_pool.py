@@ -65,3 +65,15 @@ def test_an_error_of_a_worker_comes_as_itself_and_other_questions_are_others(tmp
     with answered(ctx, "squares", asked(), whole, SCHEMA), answered(ctx, "squares", asked(), whole, SCHEMA, salt="another model"):
         pass
     assert set(begun(tmp_path).values()) == {2}
+
+
+def test_an_engine_has_all_cores_of_its_machine(tmp_path):
+    ctx = context(str(tmp_path))
+
+    def threads(_):
+        import torch
+
+        return lambda chunk: [{"key": row["key"], "square": torch.get_num_threads()} for row in chunk]
+
+    with answered(ctx, "squares", asked(), threads, SCHEMA) as frame:
+        assert {row.square for row in frame.collect()} == {len(os.sched_getaffinity(0))}, "Spark gives its Python workers one"
