@@ -83,7 +83,8 @@ def state_logprobs(
     """logps_M of the targets, `chunk` of them at a time."""
     head, parts = model.get_output_embeddings(), []
     for start in range(0, len(targets_M), chunk):
-        logits_MV = head(hidden_MD[start : start + chunk]).float() / temperature
+        logits_MV = head(hidden_MD[start : start + chunk]).float()
+        logits_MV = logits_MV if temperature == 1.0 else logits_MV / temperature  # else a copy of the largest tensor for nothing
         parts.append(-torch.nn.functional.cross_entropy(logits_MV, targets_M[start : start + chunk], reduction="none"))
     return torch.cat(parts) if parts else 0.0 * hidden_MD.sum(dim=1)
 
