@@ -30,6 +30,7 @@ from scoring.vllm_engine import VLLMEngine
 from spark_jobs.rerank_scores import asks
 
 MODEL = "rl"
+LONG = 512  # tokens of a thought as a language model of billions of parameters writes it
 
 
 def copied(root: Path, there: Path) -> None:
@@ -41,14 +42,15 @@ def copied(root: Path, there: Path) -> None:
             shutil.copytree(root / "tables" / name, there / "tables" / name)
 
 
-def bare(engine: VLLMEngine, ids: list[list[int]], most: int) -> float:
-    """Seconds of one call of `LLM.generate` on ready prompts."""
+def bare(engine: VLLMEngine, ids: list[list[int]], most: int, least: int = 0) -> float:
+    """Seconds of one call of `LLM.generate` on ready prompts; no answer ends before `least` tokens."""
     from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
 
     engine._llm.reset_prefix_cache()
     started = time.perf_counter()
-    engine._llm.generate([TokensPrompt(prompt_token_ids=i) for i in ids], SamplingParams(max_tokens=most, temperature=0.0), use_tqdm=False)
+    params = SamplingParams(max_tokens=most, min_tokens=least, temperature=0.0)
+    engine._llm.generate([TokensPrompt(prompt_token_ids=i) for i in ids], params, use_tqdm=False)
     return time.perf_counter() - started
 
 
@@ -125,8 +127,9 @@ def _measure(profile: str, root: Path, there: Path, most: int) -> None:
     again = time.perf_counter()
     engine.label_logprobs(of_score, LABELS[: cfg.candidates.n])
     score = time.perf_counter() - again
-    engine.close()
     some = ids[:256]
+    slowest = len(some) / bare(engine, some, LONG, LONG)
+    engine.close()
     slow = of_transformers(model.path, some, room)
     print("| what | requests | requests/s | ratio |\n| --- | --- | --- | --- |")
     rate = len(ids) / generate
@@ -137,7 +140,9 @@ def _measure(profile: str, root: Path, there: Path, most: int) -> None:
     print(f"| bare with its start ({start:.0f} s) | {len(ids)} | {bare_whole:.1f} | 1 |")
     print(f"| the stage, whole command ({whole:.0f} s) | {count} | {count / whole:.1f} | {count / whole / bare_whole:.2f} of that |")
     print(f"| transformers | {len(some)} | {len(some) / slow:.1f} | vLLM {rate / (len(some) / slow):.1f} times as fast |")
-    print(f"| score | {len(ids)} | {len(ids) / score:.1f} | {generate / score:.1f} times think |")
+    print(f"| think, forced to {LONG} tokens | {len(some)} | {slowest:.1f} | |")
+    quick = len(ids) / score
+    print(f"| score | {len(ids)} | {quick:.1f} | {quick / rate:.1f} times think, {quick / slowest:.1f} times {LONG} tokens |")
     print(f"\nThe stage: {said}", flush=True)
 
 
