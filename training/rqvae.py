@@ -25,6 +25,7 @@ from training.codebooks import Codebooks, Curve, Floats, Layers, codes_in_use
 from training.rqkmeans import residual_kmeans
 
 WARM_SHARE = 0.2  # of the steps, before there are codes
+SAMPLED = 256  # items a code that codebooks start from at most: as many as k-means takes (faiss)
 SMOOTHING = 1e-5
 TEMPERATURE = 0.1  # of the contrastive loss and of soft assignments, relative to the mean squared distance
 LOG_EVERY = 50
@@ -205,13 +206,14 @@ def _contrast(
 
 
 def _start(encoder: nn.Module, x_NV: Tensor, settings: Tokenizer, codes: int, seed: int) -> ResidualQuantiser:
-    """Codebooks from a dedicated pass over all items: k-means on residuals, or (switched off) random items' share of a level."""
+    """Codebooks from a dedicated pass over the items (a sample of very many): k-means on residuals, or (switched off) random items' share of a level."""
+    generator, most = torch.Generator().manual_seed(seed), SAMPLED * codes
     with torch.no_grad():
-        z_ND = encoder(x_NV)
+        z_ND = encoder(x_NV if len(x_NV) <= most else x_NV[torch.randperm(len(x_NV), generator=generator)[:most].to(x_NV.device)])
     if settings.kmeans_init:
         books_LKD = torch.from_numpy(residual_kmeans(z_ND.cpu().numpy(), settings.levels, codes, seed))
     else:
-        rows = torch.randint(len(z_ND), (settings.levels, codes), generator=torch.Generator().manual_seed(seed))
+        rows = torch.randint(len(z_ND), (settings.levels, codes), generator=generator)
         books_LKD = z_ND.cpu()[rows] / settings.levels
     return ResidualQuantiser(books_LKD, settings.ema).to(x_NV.device)
 
