@@ -206,7 +206,7 @@ def _contrast(
 
 
 def _start(encoder: nn.Module, x_NV: Tensor, settings: Tokenizer, codes: int, seed: int) -> ResidualQuantiser:
-    """Codebooks from a dedicated pass over the items (a sample of very many): k-means on residuals, or (switched off) random items' share of a level."""
+    """Codebooks from a dedicated pass over the items (of very many a sample): k-means on residuals, or, switched off, some items' share."""
     generator, most = torch.Generator().manual_seed(seed), SAMPLED * codes
     with torch.no_grad():
         z_ND = encoder(x_NV if len(x_NV) <= most else x_NV[torch.randperm(len(x_NV), generator=generator)[:most].to(x_NV.device)])
