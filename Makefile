@@ -32,8 +32,9 @@ test: setup  ## All tests
 bench: demo  ## Benchmarks of the engines, at sizes that end within an hour (of the data plane and of ranking: see docs/)
 	$(RUN) python -m benchmarks.training
 	$(RUN) python -m benchmarks.beams
-	$(RUN) python -m benchmarks.tokenizers --items 100000
+	$(RUN) python -m benchmarks.tokenizers --items 1000000
 	$(RUN) python -m benchmarks.scoring --root var/demo --profile demo
+	$(RUN) python -m benchmarks.compressor --root var/demo --profile demo
 	$(RUN) python -m benchmarks.data_plane --work var/bench --millions 1
 
 lint: setup  ## ruff, format and types
