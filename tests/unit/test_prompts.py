@@ -314,7 +314,7 @@ def test_broken_templates_are_refused(change: dict[str, object], message: str) -
 
 
 def test_unknown_template_names_those_there_are() -> None:
-    with pytest.raises(ConfigError, match="rerank_llm_v1, rerank_v1, rerank_v3"):
+    with pytest.raises(ConfigError, match="rerank_llm_v1, rerank_text_v3, rerank_v1, rerank_v3"):
         load_template("rerank_v9")
 
 
