@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from scipy.special import log_softmax
 
 from benchmarks.scoring import copied
@@ -30,7 +31,7 @@ from gr2.metrics import kendall_tau, ndcg_at, recall_at
 from gr2.prompts import LABELS
 from scoring.compressed import items_in, vectors_of
 from scoring.vllm_engine import VLLMEngine
-from spark_jobs.rerank_scores import asks, score_order
+from spark_jobs.rerank_scores import asks, label_priors, score_order
 
 FORMS = {"rl": "whole", "latents": "latent", "brief": "text"}
 SETTINGS = [
@@ -61,11 +62,8 @@ def scored(engine: VLLMEngine, ctx: Context, rows: Sequence[dict[str, Any]], tar
     found_BY = engine.label_logprobs(prompts, labels)
     seconds = time.perf_counter() - started
     logprobs = [found_Y[[labels.index(label) for label in row["labels"]]] for row, found_Y in zip(rows, found_BY, strict=True)]
-    by_label: dict[str, list[float]] = {}
-    for row, own in zip(rows, logprobs, strict=True):
-        for label, value in zip(row["labels"], own.tolist(), strict=True):
-            by_label.setdefault(label, []).append(value)
-    prior = {label: float(np.mean(values)) for label, values in by_label.items()}
+    answers = [{**{k: row[k] for k in ("model_id", "mode", "labels")}, "logprobs": own} for row, own in zip(rows, logprobs, strict=True)]
+    prior = label_priors(ctx, pa.Table.from_pylist(answers))[rows[0]["model_id"]]
     orders = [score_order(r["candidates"], r["labels"], own.tolist(), prior) for r, own in zip(rows, logprobs, strict=True)]
     ranks = [order.index(targets[row["request_id"]]) + 1 for row, order in zip(rows, orders, strict=True)]
     return Form([len(ids) for ids in engine.encode(prompts)], orders, logprobs, ranks, seconds)

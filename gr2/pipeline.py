@@ -310,13 +310,8 @@ def code_hash(module: str) -> str:
                 queue += [a.name for a in node.names]
             elif isinstance(node, ast.ImportFrom) and node.module:
                 queue += [node.module, *(f"{node.module}.{a.name}" for a in node.names)]
-    ignored = {
-        "gr2.pipeline",
-        "gr2.context",
-        "gr2.cli",
-        "gr2.config",
-        "gr2.sections",
-    }  # how stages are run; settings count by value, not by their code
+    # how stages are run; settings count by value, not by their code
+    ignored = {f"gr2.{name}" for name in ("pipeline", "context", "cli", "config", "sections")}
     return hashlib.sha256("".join(f"{k}\0{v}" for k, v in sorted(seen.items()) if k not in ignored).encode()).hexdigest()[:16]
 
 

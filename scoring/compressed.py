@@ -6,7 +6,7 @@
 
 A mark is the item's id between two control characters, which `gr2.prompts.clean` keeps out of every text from outside.
 
-Shapes: P pieces of prompts, N vectors, D hidden size, V vocabulary.
+Shapes: P pieces of prompts, F of them free to go, N vectors, D hidden size, V vocabulary.
 """
 
 import json
@@ -122,6 +122,11 @@ def pieces(prompt: str, template: Template) -> list[Piece]:
     return [*found, (prompt[end:], None)]
 
 
+def read(tokenizer: Any, found: Sequence[Piece]) -> list[list[int]]:
+    """Token ids of the pieces that may go."""
+    return encode_all(tokenizer, [text for text, where in found if where])
+
+
 class Shortener(torch.nn.Module):
     """Which pieces stay: a log-linear policy of a piece's tokens (their mean), its section and line, its section and place.
 
@@ -141,13 +146,13 @@ class Shortener(torch.nn.Module):
         """Where the policy is."""
         return self.bias.device
 
-    def forward(self, tokenizer: Any, found: Sequence[Piece]) -> torch.Tensor:
-        """logits_P of keeping each piece; infinite for what always stays."""
+    def forward(self, found: Sequence[Piece], ids_F: Sequence[Sequence[int]]) -> torch.Tensor:
+        """logits_P of keeping each piece; infinite for what always stays. `ids_F`: what `read` gives of the others."""
         free = [n for n, (_, where) in enumerate(found) if where]
         logits_P = torch.full((len(found),), torch.inf, device=self.device)
         if not free:
             return logits_P
-        ids = [torch.tensor(i, device=self.device) for i in encode_all(tokenizer, [found[n][0] for n in free])]
+        ids = [torch.tensor(i, device=self.device) for i in ids_F]
         starts = torch.tensor([0, *(len(i) for i in ids[:-1])], device=self.device).cumsum(0)
         where_P3 = torch.tensor([found[n][1] for n in free], device=self.device)
         own = self.tokens(torch.cat(ids), starts) + self.lines(where_P3[:, 0] * LINES + where_P3[:, 1])
@@ -170,7 +175,7 @@ def joined(found: Sequence[Piece], kept: Sequence[bool]) -> str:
 def shortened(policy: Shortener, tokenizer: Any, template: Template, prompts: Sequence[str]) -> list[str]:
     """Each prompt without what the policy would rather leave out."""
     cut = [pieces(prompt, template) for prompt in prompts]
-    return [joined(found, (policy(tokenizer, found) >= 0).tolist()) for found in cut]
+    return [joined(found, (policy(found, read(tokenizer, found)) >= 0).tolist()) for found in cut]
 
 
 # -- compressors as they are published --------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ from scoring.compressed import base_of, compressing, vectors_of
 from scoring.engine import Ask
 from scoring.model import check_items, load_tokenizer
 from spark_jobs.engine_pool import Rows, Spec, answered, engine_for, portable
-from spark_jobs.prompting import catalogue, render_texts, sample, template_of, views
+from spark_jobs.prompting import render_texts, sample, template_of, views
 from spark_jobs.publish import publish
 
 RENDERED = 512  # prompts rendered at once
@@ -141,18 +141,19 @@ def asks(cfg: Config, ctx: Context, models: list[Artifact]) -> pa.Table:
     if not ctx.date and cfg.release.gate and "valid" not in cfg.scoring.splits:
         shown.append((_gate_views(cfg, ctx), dict(cfg.scoring.live)))
     for stream, asked in shown:
-        for part in _chunks(stream):
+        for part in _chunks(cfg, stream):
             for model in models:
                 for mode in asked.get(model.name, ()):
                     texts = renderers[model.name](part, mode)
-                    path, turns = bases[model.name].path, _turns(cfg, mode)
-                    rows = [_ask(cfg, model, path, mode, *told, texts[i * turns : (i + 1) * turns]) for i, told in enumerate(part)]
+                    path = bases[model.name].path
+                    rows = [_ask(cfg, model, path, mode, *told, own) for told, own in zip(part, texts, strict=True)]
                     parts.append(pa.Table.from_pylist([r for r in rows if tuple(r[k] for k in KEY) not in known], schema=ASKED))
     found = pa.concat_tables(parts)
     return found.sort_by([(name, "ascending") for name in ("model", "mode", "request_id", "replica")])  # a worker becomes each model once
 
 
 Shown = tuple[dict[str, Any], View]
+Turned = tuple[dict[str, Any], list[View]]  # the request as asked, and as the mode score shows it beside
 
 
 def _shown(cfg: Config, ctx: Context, split: str) -> Iterator[Shown]:
@@ -188,22 +189,18 @@ def _gate_views(cfg: Config, ctx: Context) -> Iterator[Shown]:
     return views(ctx, cfg, "valid", [r for r in drawn if ranks[r] is not None])
 
 
-def _chunks(stream: Iterator[Shown]) -> Iterator[list[Shown]]:
+def _chunks(cfg: Config, stream: Iterator[Shown]) -> Iterator[list[Turned]]:
     while part := list(itertools.islice(stream, RENDERED)):
-        yield part
+        yield [(row, _turned(cfg, row, view)) for row, view in part]
 
 
-Renderer = Callable[[list[Shown], Mode], list[str]]  # of each request its turns, one after the other
-
-
-def _turns(cfg: Config, mode: Mode) -> int:
-    return cfg.scoring.shuffles if mode == "score" else 1
-
-
-def _turned(cfg: Config, row: dict[str, Any], view: View, turns: int) -> list[View]:
+def _turned(cfg: Config, row: dict[str, Any], view: View) -> list[View]:
     """The view, and the same request under other shuffles, which no replica has."""
-    more = [row["replica"] + TURN * turn for turn in range(1, turns)]
+    more = [row["replica"] + TURN * turn for turn in range(1, cfg.scoring.shuffles)]
     return [view, *(make_view(view.request_id, view.history, view.candidates, replica, cfg.prompt.shuffled) for replica in more)]
+
+
+Renderer = Callable[[list[Turned], Mode], list[list[str]]]  # the prompts of each request: one, or in the mode score one a turn
 
 
 def _renderers(cfg: Config, ctx: Context, models: list[Artifact], bases: dict[str, Artifact]) -> dict[str, Renderer]:
@@ -212,7 +209,8 @@ def _renderers(cfg: Config, ctx: Context, models: list[Artifact], bases: dict[st
     Raises ModelError for a vocabulary that lacks tokens of our items.
     """
     by_content: dict[str, Renderer] = {}
-    found, sids = {}, [sid for sid, _ in catalogue(ctx)]
+    found = {}
+    sids = ctx.lake.read("semantic_ids", ["token_text"], tokenizer=ctx.model("tokenizer", "tokenizer").id)["token_text"].to_pylist()
     for model in models:
         path = bases[model.name].path
         parts = sorted(p for p in path.iterdir() if p.name.startswith(("tokenizer", "chat_template", "special_tokens", "added_tokens")))
@@ -228,16 +226,17 @@ def _renderers(cfg: Config, ctx: Context, models: list[Artifact], bases: dict[st
 
 
 def _shorter(render: Renderer, compress: Callable[[list[str]], list[str]]) -> Renderer:
-    return lambda part, mode: compress(render(part, mode))
+    return lambda part, mode: [compress(prompts) for prompts in render(part, mode)]
 
 
 def _renderer(cfg: Config, tokenizer: Any) -> Renderer:
-    last: dict[str, tuple[Any, list[str]]] = {}
+    last: dict[str, tuple[Any, list[list[str]]]] = {}
 
-    def render(part: list[Shown], mode: Mode) -> list[str]:
+    def render(part: list[Turned], mode: Mode) -> list[list[str]]:
         if mode not in last or last[mode][0] is not part:
-            turned = [view for row, shown in part for view in _turned(cfg, row, shown, _turns(cfg, mode))]
-            last[mode] = (part, _rendered(cfg, tokenizer, turned, mode))
+            asked = [shown if mode == "score" else shown[:1] for _, shown in part]
+            texts = iter(_rendered(cfg, tokenizer, [view for shown in asked for view in shown], mode))
+            last[mode] = (part, [list(itertools.islice(texts, len(shown))) for shown in asked])
         return last[mode][1]
 
     return render
@@ -253,9 +252,10 @@ def _rendered(cfg: Config, tokenizer: Any, shown: list[View], mode: Mode) -> lis
         return [_rendered(cfg, tokenizer, [view], mode)[0] for view in shown]
 
 
-def _ask(cfg: Config, model: Artifact, path: Path, mode: Mode, row: dict[str, Any], view: View, prompts: list[str]) -> dict[str, Any]:
+def _ask(
+    cfg: Config, model: Artifact, path: Path, mode: Mode, row: dict[str, Any], shown: list[View], prompts: list[str]
+) -> dict[str, Any]:
     thought = cfg.prompt.max_thought_tokens if mode == "think" else 0
-    labels = [label for turn in _turned(cfg, row, view, len(prompts)) for label in turn.labels]
     return {
         "request_id": row["request_id"],
         "model_id": model.id,
@@ -268,9 +268,9 @@ def _ask(cfg: Config, model: Artifact, path: Path, mode: Mode, row: dict[str, An
         "prompts": prompts if all(prompts) else [],
         "prompt_hash": prompt_hash(template_of(cfg.prompt), "\n".join(prompts)),
         "max_tokens": thought + cfg.prompt.max_answer_tokens + ROOM,
-        "candidates": [c.item_id for c in view.candidates],
-        "labels": labels,
-        "shown": list(view.shown),
+        "candidates": [c.item_id for c in shown[0].candidates],
+        "labels": [label for view in shown[: len(prompts)] for label in view.labels],
+        "shown": list(shown[0].shown),
     }
 
 

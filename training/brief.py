@@ -23,7 +23,7 @@ from gr2.context import Context
 from gr2.metrics import kendall_tau, ndcg_at
 from gr2.prompts import ANSWER_OPEN, EMPTY_THOUGHT, LABELS, Template
 from gr2.rewards import compression_reward
-from scoring.compressed import Piece, Shortener, joined, pieces, save, shortened
+from scoring.compressed import Piece, Shortener, joined, pieces, read, save, shortened
 from scoring.model import encode_all, label_logprobs
 from training.fitting import manifest_of, publishing
 from training.loop import train
@@ -113,22 +113,28 @@ class Drafts:
 
     def _drawn(self, policy: Shortener, found: Sequence[Piece], long: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(kept_GP, logp_G, share): drafts, the log-probability of each, and the share of `long` tokens that is kept on average."""
-        logits_P = policy(self.tokenizer, found)
+        ids = read(self.tokenizer, found)
+        logits_P = policy(found, ids)
         free_P = torch.isfinite(logits_P)
         odds_F = logits_P[free_P]
         drawn_GF = torch.bernoulli(torch.sigmoid(odds_F.detach()).expand(self.group, -1))
         kept_GP = torch.ones(self.group, len(found), dtype=torch.bool)
         kept_GP[:, free_P.cpu()] = drawn_GF.bool().cpu()
         logp_GF = -torch.nn.functional.binary_cross_entropy_with_logits(odds_F.expand(self.group, -1), drawn_GF, reduction="none")
-        sizes_F = torch.tensor([len(ids) for ids in encode_all(self.tokenizer, [text for text, where in found if where])])
+        sizes_F = torch.tensor([len(own) for own in ids])
         return kept_GP, logp_GF.sum(1), (torch.sigmoid(odds_F) * sizes_F.to(policy.device)).sum() / long
 
 
 def orders(model: Any, tokenizer: Any, tasks: Sequence[Task]) -> list[list[str]]:
     """The labels of each prompt, best first by the frozen model."""
     logp_BY = label_logprobs(model, tokenizer, [task.prompt for task in tasks], list(LABELS), bf16=True)
-    by_label = [dict(zip(LABELS, logp_Y, strict=True)) for logp_Y in logp_BY.tolist()]
-    return [sorted(task.incoming, key=lambda label: (-logp[label], label)) for task, logp in zip(tasks, by_label, strict=True)]
+    return [order_of(task, logp_Y) for task, logp_Y in zip(tasks, logp_BY.tolist(), strict=True)]
+
+
+def order_of(task: Task, logp_Y: Sequence[float]) -> list[str]:
+    """The task's labels, best first, by the log-probabilities of all labels."""
+    logp = dict(zip(LABELS, logp_Y, strict=True))
+    return sorted(task.incoming, key=lambda label: (-logp[label], label))
 
 
 def rank_of(task: Task, order: Sequence[str]) -> int:

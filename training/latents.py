@@ -27,12 +27,11 @@ from gr2.config import Config, Latents
 from gr2.context import Context, Result
 from gr2.errors import InputError
 from gr2.metrics import kendall_tau, ndcg_at
-from gr2.prompts import ANSWER_OPEN, EMPTY_THOUGHT, LABELS, Template, format_answer, load_template
+from gr2.prompts import ANSWER_OPEN, LABELS, Template, format_answer, load_template
 from schemas.base import FLOAT, INT, STRING, list_of
 from scoring.compressed import encode_marked, known_items, marked, said_of, save
 from scoring.model import autocast, encode, encode_all, hidden_states, label_ids, label_logprobs, load, right_padded
 from training import brief
-from training.brief import direct_form
 from training.fitting import manifest_of, publishing
 from training.loop import train
 from training.rollouts import Task, read_tasks
@@ -119,13 +118,13 @@ class Text:
 
 def texts(model: Any, tokenizer: Any, tasks: Sequence[Task], items: Items, template: Template) -> list[Text]:
     """Prompts in the form that asks for no thought, each with the frozen model's own order as its answer."""
-    prompts = [direct_form(task.prompt, template) + EMPTY_THOUGHT + ANSWER_OPEN for task in tasks]
+    prompts = [brief.asked(task, template).prompt for task in tasks]
     logp_BY = label_logprobs(model, tokenizer, prompts, list(LABELS))
     rows_of = {item: (number,) for number, item in enumerate(items.ids)}
     shorts = encode_marked(tokenizer, [marked(prompt, items.known, template.text_words) for prompt in prompts], rows_of)
     made = []
     for task, prompt, short, logp_Y in zip(tasks, prompts, shorts, logp_BY, strict=True):
-        order = sorted(task.incoming, key=lambda label: (-logp_Y[LABELS.index(label)], label))
+        order = brief.order_of(task, logp_Y.tolist())
         answer = tuple(encode(tokenizer, format_answer(order).removeprefix(ANSWER_OPEN)))
         made.append(Text(task, (*encode(tokenizer, prompt), *answer), (*short, *answer), len(answer)))
     if not any(n < 0 for text in made for n in text.short):
@@ -269,9 +268,8 @@ def measure(
             orders = [order_at(tokenizer, logp_RV[at], text.task.incoming) for logp_RV in (full_RV, short_RV)]
             same.append(orders[0][0] == orders[1][0])
             taus.append(kendall_tau(*orders))
-            target = text.task.incoming[int(np.argmax(text.task.grades))]
-            ranks[False].append(orders[0].index(target) + 1)
-            ranks[True].append(orders[1].index(target) + 1)
+            for short, order in zip((False, True), orders, strict=True):
+                ranks[short].append(brief.rank_of(text.task, order))
             tokens[False] += len(text.ids) - text.learned
             tokens[True] += sum(1 if n >= 0 else k for n in text.short) - text.learned
             at += text.learned

@@ -279,7 +279,8 @@ def sum_over_ranks(values: dict[str, float]) -> dict[str, float]:
     """Each value summed over the processes, all of which must ask for the same names."""
     if world() == 1:
         return values
-    start_processes()
+    if not torch.distributed.is_initialized():  # before there is an engine
+        start_processes()
     names = sorted(values)
     sums = torch.tensor([values[name] for name in names], dtype=torch.float64)
     if torch.distributed.get_backend() == "nccl":

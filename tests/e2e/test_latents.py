@@ -47,7 +47,7 @@ def world(make_ctx):
 def test_prompts_are_shortened_where_items_are_said_and_nowhere_else(world):
     ctx, tokenizer = world
     items, template = latents.read_items(ctx, ctx.cfg, tokenizer), load_template()
-    prompt = latents.direct_form(read_tasks(ctx, "rerank")[0].prompt, template)
+    prompt = brief.direct_form(read_tasks(ctx, "rerank")[0].prompt, template)
     assert template.closing["think"] not in prompt
     assert prompt == tiny.prompt_of(tokenizer, tiny.view(0)[0], "direct"), "the same as if it had been rendered so"
     (short,) = encode_marked(tokenizer, [marked(prompt, items.known, 0)], {item: (n,) for n, item in enumerate(items.ids)})
