@@ -22,10 +22,9 @@ from torch import Tensor, nn
 
 from gr2.config import Tokenizer
 from training.codebooks import Codebooks, Curve, Floats, Layers, codes_in_use
-from training.rqkmeans import residual_kmeans
+from training.rqkmeans import POINTS, residual_kmeans
 
 WARM_SHARE = 0.2  # of the steps, before there are codes
-SAMPLED = 256  # items a code that codebooks start from at most: as many as k-means takes (faiss)
 SMOOTHING = 1e-5
 TEMPERATURE = 0.1  # of the contrastive loss and of soft assignments, relative to the mean squared distance
 LOG_EVERY = 50
@@ -207,7 +206,7 @@ def _contrast(
 
 def _start(encoder: nn.Module, x_NV: Tensor, settings: Tokenizer, codes: int, seed: int) -> ResidualQuantiser:
     """Codebooks from a dedicated pass over the items (of very many a sample): k-means on residuals, or, switched off, some items' share."""
-    generator, most = torch.Generator().manual_seed(seed), SAMPLED * codes
+    generator, most = torch.Generator().manual_seed(seed), POINTS * codes
     with torch.no_grad():
         z_ND = encoder(x_NV if len(x_NV) <= most else x_NV[torch.randperm(len(x_NV), generator=generator)[:most].to(x_NV.device)])
     if settings.kmeans_init:
