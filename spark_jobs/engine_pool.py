@@ -13,7 +13,6 @@ import itertools
 import json
 import os
 import re
-import sys
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -159,14 +158,18 @@ def _starts() -> pa.RecordBatch:
 
 
 def _take_machine() -> None:
-    """All cores, where Spark tells its Python workers to use one; of the GPUs those that it gave this task: two tasks share none."""
-    cores = len(os.sched_getaffinity(0))
-    os.environ["OMP_NUM_THREADS"] = str(cores)
-    if torch := sys.modules.get("torch"):  # read the variable when it was imported
-        torch.set_num_threads(cores)
+    """Of the GPUs those that Spark gave this task: two tasks share none. All cores, where Spark tells its Python workers to use one.
+
+    The variable alone is not enough: OpenMP reads it once, and in a worker that ranked with LightGBM before it has been read.
+    """
     context = TaskContext.get()
     if context and (gpus := context.resources().get("gpu")):
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus.addresses)
+    cores = len(os.sched_getaffinity(0))
+    os.environ["OMP_NUM_THREADS"] = str(cores)
+    import torch
+
+    torch.set_num_threads(cores)
 
 
 @contextlib.contextmanager

@@ -22,6 +22,25 @@ def begun(root: Path) -> Counter[int]:
 
 
 @pytest.mark.parametrize("deadly", [1, 5])
+def test_an_engine_has_all_cores_of_its_machine(tmp_path):
+    ctx = context(str(tmp_path))
+
+    def ranks(batches):
+        import lightgbm  # noqa: F401 - its OpenMP, which is torch's too, reads the variable that Spark set: one thread
+
+        yield from batches
+
+    ctx.spark.range(1000, numPartitions=4).mapInArrow(ranks, "id long").collect()
+
+    def threads(_):
+        import torch
+
+        return lambda chunk: [{"key": row["key"], "square": torch.get_num_threads()} for row in chunk]
+
+    with answered(ctx, "squares", asked(), threads, SCHEMA) as frame:
+        assert {row.square for row in frame.collect()} == {len(os.sched_getaffinity(0))}, "Spark gives its Python workers one"
+
+
 def test_a_killed_job_asks_again_only_what_was_under_way(tmp_path, deadly):
     words = [sys.executable, str(Path(__file__).with_name("killed_chunks.py")), str(tmp_path), str(deadly)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PROJECT), str(Path(__file__).parent)])}
@@ -65,15 +84,3 @@ def test_an_error_of_a_worker_comes_as_itself_and_other_questions_are_others(tmp
     with answered(ctx, "squares", asked(), whole, SCHEMA), answered(ctx, "squares", asked(), whole, SCHEMA, salt="another model"):
         pass
     assert set(begun(tmp_path).values()) == {2}
-
-
-def test_an_engine_has_all_cores_of_its_machine(tmp_path):
-    ctx = context(str(tmp_path))
-
-    def threads(_):
-        import torch
-
-        return lambda chunk: [{"key": row["key"], "square": torch.get_num_threads()} for row in chunk]
-
-    with answered(ctx, "squares", asked(), threads, SCHEMA) as frame:
-        assert {row.square for row in frame.collect()} == {len(os.sched_getaffinity(0))}, "Spark gives its Python workers one"
