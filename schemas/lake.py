@@ -1,9 +1,10 @@
 """Delta tables without a JVM: what trainers, evaluation in memory, `gr2 sql` and analysts read with."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as ds
 from deltalake import DeltaTable
@@ -62,8 +63,10 @@ class Lake:
         """The table as an Arrow dataset, for DuckDB and for streaming."""
         return self.open(name).to_pyarrow_dataset()
 
-    def read(self, name: str, columns: list[str] | None = None, order_by: Iterable[str] = (), **equals: Any) -> pa.Table:
+    def read(self, name: str, columns: list[str] | None = None, order_by: Sequence[str] = (), most: int = 0, **equals: Any) -> pa.Table:
         """Rows whose columns equal the given values, sorted: delta-rs promises no order of rows, so say `order_by` where it matters.
+
+        `most`: only that many, the first in order. Then no more are held in memory, but for the first column of `order_by`, a number.
 
         `read("item_pairs", ["item_id", "weight"], order_by=["item_id"], fit="train")`. A list as a value means membership. A column that
         a table of an older contract lacks is null where it may be; else raises MissingInputError naming the stage that builds it again.
@@ -75,11 +78,17 @@ class Lake:
         wanted = None if columns is None else list(dict.fromkeys([*columns, *order_by]))
         found = self.dataset(name)
         younger = self._younger(name, found, wanted)
+        if most:
+            first = ds.field(order_by[0])
+            numbers = np.asarray(found.to_table(columns=[order_by[0]], filter=where)[order_by[0]])
+            if len(numbers) > most:
+                near = first <= int(np.partition(numbers, most - 1)[most - 1])
+                where = near if where is None else where & near
         table = found.to_table(columns=wanted and [c for c in wanted if c not in younger], filter=where)
         for column, kind in younger.items():
             table = table.append_column(column, pa.nulls(table.num_rows, kind))
         if order_by:
-            table = table.sort_by([(c, "ascending") for c in order_by])
+            table = table.sort_by([(c, "ascending") for c in order_by])[: most or None]
         return table if columns is None else table.select(columns)
 
     def _younger(self, name: str, found: ds.Dataset, wanted: list[str] | None) -> dict[str, pa.DataType]:

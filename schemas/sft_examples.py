@@ -7,6 +7,8 @@ TABLE = Table(
     version="1.1",
     grain="one training text",
     key=("example_id",),
+    sort_by=("ordinal",),
+    layout="read by ranges of the ordinal",
     columns=(
         Column("example_id", STRING, "sample and mode"),
         Column("sample_id", STRING, "accepted sample; of a drill: its own name"),

@@ -28,7 +28,7 @@ from scoring.model import encode_all, label_logprobs
 from training.fitting import manifest_of, publishing
 from training.loop import train
 from training.losses import group_advantages
-from training.rollouts import Deck, Task, read_tasks
+from training.rollouts import MOST, Deck, Task, read_tasks
 
 REFERENCE = 256  # prompts that say what the full context's N@3 is
 
@@ -36,8 +36,8 @@ REFERENCE = 256  # prompts that say what the full context's N@3 is
 def fit(cfg: Config, ctx: Context, model: Any, tokenizer: Any, base: Artifact, template: Template) -> dict[str, Any]:
     """Trains and publishes `brief` against the frozen model; returns what was measured on held-out prompts."""
     settings = cfg.latents.brief
-    learn, held_out = ([asked(task, template) for task in read_tasks(ctx, split)] for split in ("rerank", "valid"))
-    held_out = held_out[: cfg.latents.validate_requests]
+    splits = (("rerank", MOST), ("valid", cfg.latents.validate_requests))
+    learn, held_out = ([asked(task, template) for task in read_tasks(ctx, split, most)] for split, most in splits)
     some = Deck(learn, cfg.seed).take(min(REFERENCE, len(learn)))
     full = float(ndcg_at([rank_of(task, order) for task, order in zip(some, orders(model, tokenizer, some), strict=True)], 3).mean())
     policy = Shortener(model.get_input_embeddings().weight.shape[0])

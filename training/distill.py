@@ -22,6 +22,7 @@ from training.fitting import fit
 from training.loop import learned_states
 from training.losses import distill_loss
 from training.sft import loader_of
+from training.stream import Draws
 
 # One learned token an example, the first label of the source's order: its place is where the label log-probabilities are read. What the
 # packed rows carry there is the example's place in the table, by which its order and soft labels are found.
@@ -38,7 +39,7 @@ def run(cfg: Config, ctx: Context) -> Result:
     examples, taught = to_examples(tokenizer, table)
     inputs = {"tables": {"distill_examples": ctx.lake.content_version("distill_examples")}, "models": {"sft": base.hash}}
     loss_fn = taught.loss_fn(cfg.distill.label_weight, cfg.distill.order_weight)
-    loader = loader_of(cfg, ctx, "fast", examples, cfg.distill.train)
+    loader = loader_of(ctx, "fast", Draws([examples], 1, cfg.seed, list), len(examples), cfg.distill.train, cfg.seed)
     summary = fit(cfg, ctx, "distill", "fast", model, tokenizer, loader, cfg.distill.train, loss_fn, inputs)
     detail = {"steps": summary.steps, "loss": round(summary.last_loss, 4)}
     return Result(rows_in=table.num_rows, rows_out=summary.steps, tokens=summary.tokens, detail=detail)

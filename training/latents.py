@@ -34,7 +34,7 @@ from scoring.model import autocast, encode, encode_all, hidden_states, label_ids
 from training import brief
 from training.fitting import manifest_of, publishing
 from training.loop import train
-from training.rollouts import Task, read_tasks
+from training.rollouts import MOST, Task, read_tasks
 
 VECTORS = pa.schema([("item_id", STRING), ("vectors", list_of(FLOAT)), ("k", INT), ("text_tokens", INT)])
 
@@ -46,8 +46,10 @@ def run(cfg: Config, ctx: Context) -> Result:
     model.requires_grad_(False)
     items = read_items(ctx, cfg, tokenizer)
     template = load_template(cfg.prompt.template, cfg.prompt.evidence)
-    learn, held_out = (texts(model, tokenizer, read_tasks(ctx, split), items, template) for split in ("rerank", "valid"))
-    held_out = held_out[: cfg.latents.validate_requests]
+    learn, held_out = (
+        texts(model, tokenizer, read_tasks(ctx, split, most), items, template)
+        for split, most in (("rerank", MOST), ("valid", cfg.latents.validate_requests))
+    )
     compressor = Compressor(model, items.readings_IS.shape[1], cfg.latents, cfg.seed)
     settings = cfg.latents.train
     stream = Stream(learn, settings.tokens_per_batch, cfg.seed)

@@ -34,7 +34,7 @@ from training.data import Batch, Example, Rows, pack, rows_per_batch, to_batch
 from training.fitting import fit, supervised
 from training.item_loss import ItemLoss
 from training.loop import LossFn, planned_steps, rank, sum_over_ranks, token_logprobs, world
-from training.stream import Epochs, Windows
+from training.stream import Draws, Epochs, Windows
 
 STAGE = "midtrain"
 EAGER = 256  # tokens of a row up to which plain attention beats the fused one on CPUs
@@ -123,51 +123,39 @@ def held_out(train: Sequence[Text], refit: Sequence[Text], count: int) -> list[t
 
 
 class Mix:
-    """Texts as token ids. `rows(number)` packs the window of a draw, leaving out a drawn share of each history's items.
-
-    Each lane goes through its windows (lane, lane + lanes, ...) in an order of its own, another one each epoch.
-    """
+    """Texts as token ids. `rows(number)` packs the window of a draw, leaving out a drawn share of each history's items."""
 
     def __init__(
         self, tokenizer: Any, windows: Sequence[Sequence[Text]], levels: int, drop: float, row_tokens: int, seed: int, lanes: int = 1
     ) -> None:
-        self.tokenizer, self.windows, self.lanes = tokenizer, windows, lanes
+        self.tokenizer, self.draws = tokenizer, Draws(windows, lanes, seed, self._parts)
         self.levels, self.drop, self.row_tokens, self.seed = levels, drop, row_tokens, seed
         self.bos, self.eos = start_id(tokenizer), tokenizer.eos_token_id
-        self._all: list[tuple[bool, NDArray[np.int64], NDArray[np.int64]]] = []  # of a table that is one window
 
     def rows(self, number: int) -> Rows:
-        """The packed rows of one draw (its turn times the lanes, and the lane); texts longer than a row are left out and counted."""
-        turn, lane = divmod(number, self.lanes)
-        epoch, place = divmod(turn, len(self.windows) // self.lanes)
-        order = np.random.default_rng([self.seed, lane, epoch]).permutation(len(self.windows) // self.lanes)
+        """The packed rows of one draw; texts longer than a row are left out and counted."""
         generator = np.random.default_rng([self.seed, number])
-        examples = [self._example(generator, *part) for part in self._parts(int(order[place]) * self.lanes + lane)]
+        examples = [self._example(generator, *part) for part in self.draws[number]]
         return pack(examples, self.row_tokens, self.seed + number, drop_long=True)
 
     def unread(self, size: int) -> list[int]:
         """Tokens of the vocabulary that no text holds: their rows are not worth keeping (`training.sft.wake`). All processes must ask."""
         read_V = np.zeros(size)
         read_V[[self.bos, self.eos]] = 1
-        for window in range(rank(), len(self.windows), world()) if len(self.windows) > 1 else (0,):
-            for _, prompt, completion in self._parts(window):
+        windows = len(self.draws.windows)
+        for window in range(rank(), windows, world()) if windows > 1 else (0,):
+            for _, prompt, completion in self.draws.encoded(window):
                 read_V[prompt], read_V[completion] = 1, 1
         counts = sum_over_ranks({str(i): float(read) for i, read in enumerate(read_V)})
         return [i for i in range(size) if not counts[str(i)]]
 
-    def _parts(self, window: int) -> list[tuple[bool, NDArray[np.int64], NDArray[np.int64]]]:
+    def _parts(self, texts: Sequence[Text]) -> list[tuple[bool, NDArray[np.int64], NDArray[np.int64]]]:
         """Whether it is a history, prompt and completion of each text."""
-        if self._all:
-            return self._all
-        texts = self.windows[window]
         prompts, completions = (encode_all(self.tokenizer, [getattr(t, part) for t in texts]) for part in ("prompt", "completion"))
-        parts = [
+        return [
             (t.task == "history", np.array(p, dtype=np.int64), np.array(c, dtype=np.int64))
             for t, p, c in zip(texts, prompts, completions, strict=True)
         ]
-        if len(self.windows) == 1:
-            self._all = parts
-        return parts
 
     def _example(self, generator: np.random.Generator, history: bool, prompt: NDArray[np.int64], completion: NDArray[np.int64]) -> Example:
         if not history:

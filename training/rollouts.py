@@ -33,6 +33,7 @@ from training.losses import group_advantages
 
 # Beside the columns of the table `rollouts`: what a resumed step needs to train on the very same tokens.
 TOKENS = (pa.field("token_ids", list_of(INT)), pa.field("logprobs", list_of(FLOAT)), pa.field("prompt_token_ids", list_of(INT)))
+MOST = 100_000  # prompts in memory, where a training does not say how many it draws
 COLUMNS = ("prompt_id", "prompt", "mode", "incoming", "shown", "grades", "weights", "evidence")
 
 
@@ -82,9 +83,12 @@ class Rollout:
     prompt_token_ids: tuple[int, ...]
 
 
-def read_tasks(ctx: Context, split: str) -> list[Task]:
-    """The prompts of a split, in order of reading. Raises InputError where there are none."""
-    table = ctx.lake.read("rl_prompts", list(COLUMNS), order_by=["ordinal", "prompt_id"], split=split)
+def read_tasks(ctx: Context, split: str, most: int = MOST) -> list[Task]:
+    """The prompts of a split in order of reading, which is that of a hash: the first `most` are a sample, and only they are held in memory.
+
+    Raises InputError where there are none.
+    """
+    table = ctx.lake.read("rl_prompts", list(COLUMNS), order_by=["ordinal", "prompt_id"], most=most, split=split)
     if not table.num_rows:
         raise InputError(
             f"rl_prompts holds no prompt of split {split!r}: no list of that split has its target; raise candidates.n or the data"

@@ -5,46 +5,71 @@ Writes the models `sft` and `sft-teacher`: Hugging Face folders with metrics.jso
 A rerun is harmless: rows, batches and dropout are seeded, a model is published whole by one rename, and equal weights keep their hash. A
 killed run goes on from its last checkpoint, where `sft.*.checkpoint_every` asks for some.
 
+The table is read in windows of at most sft.window_examples examples, over all processes (`training.stream`).
+
     gr2 stage sft --profile demo
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import pyarrow as pa
+import pyarrow.dataset as ds
 import torch
 
 from gr2.config import Config, Training
 from gr2.context import Context, Result
 from gr2.errors import InputError
 from scoring.model import encode_all, load, token_tables
-from training.data import Example, Loader, batches, pack
+from training.data import Example, Rows, pack, rows_per_batch
 from training.fitting import fit, supervised
 from training.loop import planned_steps, rank, world
+from training.stream import Draws, Epochs, Windows
 
 STAGE = "sft"
+ORDINAL_BITS = 31  # `scoring.engine.seed_of`
 LENGTH = 2.0  # of a row drawn anew, relative to the median of the others
 
 
 def run(cfg: Config, ctx: Context) -> Result:
     """Trains the student, then the teacher. Raises MissingInputError, InputError (no examples, or one longer than a row)."""
-    table = ctx.lake.read("sft_examples", ["prompt", "reasoning", "answer"], order_by=["ordinal"])
-    if not table.num_rows:
-        raise InputError("sft_examples is empty: no trace was accepted; look at reasoning_traces, or raise traces.max_attempts")
-    result = Result(rows_in=table.num_rows)
+    result = Result()
     sizes = (("sft", "midtrain", cfg.sft.student), ("sft-teacher", "midtrain-teacher", cfg.sft.teacher))
     for name, start, settings in sizes:
+        table = windows(cfg, ctx, settings)
+        result.rows_in = table.total
         base = ctx.model(start, "midtrain")
         model, tokenizer = load(base.path, dropout=cfg.sft.dropout)
         wake(model, base.manifest.get("unread", []), cfg.seed)
-        examples = to_examples(tokenizer, table, cfg.sft.reasoning_weight, cfg.sft.answer_weight)
         inputs = {"tables": {"sft_examples": ctx.lake.content_version("sft_examples")}, "models": {start: base.hash}}
-        loader = loader_of(cfg, ctx, name, examples, settings)
+        encode = partial(to_examples, tokenizer, reasoning_weight=cfg.sft.reasoning_weight, answer_weight=cfg.sft.answer_weight)
+        draws = Draws(table, table.lanes, cfg.seed, encode)
+        loader = loader_of(ctx, name, draws, table.total, settings, cfg.seed)
         summary = fit(cfg, ctx, STAGE, name, model, tokenizer, loader, settings, supervised, inputs)
         result.tokens += summary.tokens
         result.rows_out += summary.steps
         result.detail[name] = {"steps": summary.steps, "loss": round(summary.last_loss, 4)}
     return result
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """One row of `sft_examples`."""
+
+    prompt: str
+    reasoning: str
+    answer: str
+
+
+def windows(cfg: Config, ctx: Context, settings: Training) -> Windows[Lesson]:
+    """The examples in order of reading. Raises InputError if there is none."""
+    dataset, everything = ctx.lake.dataset("sft_examples"), ds.field("example_id").is_valid()
+    lanes = rows_per_batch(settings.tokens_per_batch, settings.row_tokens, world())
+    found = Windows(dataset, Lesson, ("ordinal", "example_id"), everything, cfg.sft.window_examples, lanes, ORDINAL_BITS)
+    if not found.total:
+        raise InputError("sft_examples is empty: no trace was accepted; look at reasoning_traces, or raise traces.max_attempts")
+    return found
 
 
 @torch.no_grad()
@@ -62,20 +87,23 @@ def wake(model: Any, unread: Sequence[int], seed: int) -> None:
         table_VD[torch.tensor(unread)] = (torch.nn.functional.normalize(drawn_UD, dim=1) * length).to(table_VD)
 
 
-def to_examples(tokenizer: Any, table: pa.Table, reasoning_weight: float, answer_weight: float) -> list[Example]:
+def to_examples(tokenizer: Any, lessons: Sequence[Lesson], reasoning_weight: float, answer_weight: float) -> list[Example]:
     """Texts as training examples: the prompt is read, the thought and the answer (with the end token) are learned at their weights."""
-    prompts, thoughts, answers = (encode_all(tokenizer, table[column].to_pylist()) for column in ("prompt", "reasoning", "answer"))
+    prompts, thoughts, answers = (encode_all(tokenizer, [getattr(x, part) for x in lessons]) for part in ("prompt", "reasoning", "answer"))
     return [
         Example(prompt, [(thought, reasoning_weight), ([*answer, tokenizer.eos_token_id], answer_weight)])
         for prompt, thought, answer in zip(prompts, thoughts, answers, strict=True)
     ]
 
 
-def loader_of(cfg: Config, ctx: Context, name: str, examples: Sequence[Example], settings: Training) -> Loader:
-    """Examples, packed, as an endless stream of batches; tells the token budget. Raises InputError for one longer than a row."""
-    rows = pack(examples, settings.row_tokens, cfg.seed)
-    loader = batches(rows, settings.tokens_per_batch, cfg.seed, rank(), world())
+def loader_of(ctx: Context, name: str, draws: Draws[Any, list[Example]], count: int, settings: Training, seed: int) -> Epochs:
+    """Examples, packed anew each epoch, as endless batches; tells the token budget. Raises InputError for one longer than a row."""
+
+    def make(number: int) -> Rows:
+        return pack(draws[number], settings.row_tokens, seed + number)
+
+    loader = Epochs(make, settings.tokens_per_batch, seed, rank=rank(), world=world(), lanes=draws.lanes, windows=len(draws.windows))
     steps = planned_steps(loader, settings)
     budget = steps * settings.accumulation * loader.rows_per_batch * settings.row_tokens
-    ctx.log(f"{name}: {len(examples)} examples in {len(rows)} rows ({rows.fill:.0%} full), {steps} steps, about {budget:,} tokens")
+    ctx.log(f"{name}: {count} examples in {loader.count} rows ({loader.fill:.0%} full), {steps} steps, about {budget:,} tokens")
     return loader

@@ -1,6 +1,8 @@
 """A Delta table of any size -> windows that fit in memory -> batches, shared by the ranks and resumable at the exact batch.
 
     windows = Windows(lake.dataset("midtrain_examples"), Text, ("ordinal", "example_id"), where, size=250_000, lanes=16)
+    draws = Draws(windows, windows.lanes, seed, encode)
+    make = lambda number: pack(draws[number], row_tokens, seed + number)
     loader = Epochs(make, 65536, seed, rank=rank, world=world, lanes=windows.lanes, windows=len(windows))
 
 The table is cut by ranges of its ordinal, which is a hash of the key. So a window is a random sample of the rows, it is the same however
@@ -24,6 +26,7 @@ from training.data import Batch, Loader, Rows, join, rows_per_batch, to_batch
 from training.loop import sum_over_ranks
 
 T = TypeVar("T")
+E = TypeVar("E")
 BUCKETS = 20  # bits of the ordinal that rows are counted by: windows are whole buckets
 READ = {"batch_size": 16_384, "batch_readahead": 2, "fragment_readahead": 1}  # else Arrow holds millions of rows in flight
 
@@ -31,12 +34,14 @@ READ = {"batch_size": 16_384, "batch_readahead": 2, "fragment_readahead": 1}  # 
 class Windows(Sequence[list[T]], Generic[T]):
     """The rows of a dataset where `where` holds, as lists of the dataclass `row`, at most `size // lanes` in each.
 
-    `order_by`: a column of uniformly spread int64, then what breaks ties; rows of a window come in this order. `lanes` is 1 where all rows
-    fit `size`, and else what was asked for. Raises ConfigError where no window can be that small.
+    `order_by`: a column of uniformly spread integers (of `bits` bits: 64 with a sign, fewer from 0), then what breaks ties. Rows come in
+    this order. `lanes` is 1 where all rows fit `size`, else what was asked for. Raises ConfigError where no window is that small.
     """
 
-    def __init__(self, dataset: ds.Dataset, row: type[T], order_by: Sequence[str], where: ds.Expression, size: int, lanes: int) -> None:
-        self.dataset, self.row, self.order_by, self.where = dataset, row, list(order_by), where
+    def __init__(
+        self, dataset: ds.Dataset, row: type[T], order_by: Sequence[str], where: ds.Expression, size: int, lanes: int, bits: int = 64
+    ) -> None:
+        self.dataset, self.row, self.order_by, self.where, self.bits = dataset, row, list(order_by), where, bits
         self.columns = [field.name for field in fields(row)]  # type: ignore[arg-type]
         self.total = dataset.count_rows(filter=where)
         self.lanes = 1 if self.total <= size else lanes
@@ -66,16 +71,43 @@ class Windows(Sequence[list[T]], Generic[T]):
 
     def _cut(self, size: int) -> list[int]:
         """The ordinals between windows, as many for each lane, at whole buckets. One pass over one column."""
-        shift, counts = 64 - BUCKETS, np.zeros(2**BUCKETS, dtype=np.int64)
+        shift, counts = self.bits - BUCKETS, np.zeros(2**BUCKETS, dtype=np.int64)
+        below = len(counts) // 2 if self.bits == 64 else 0  # buckets of negative ordinals
         for batch in self.dataset.to_batches(columns=self.order_by[:1], filter=self.where, **{**READ, "batch_size": 2**BUCKETS}):
             ordinals = np.asarray(batch.column(0)).astype(np.int64)
-            counts += np.bincount((ordinals >> shift) + len(counts) // 2, minlength=len(counts))
+            counts += np.bincount((ordinals >> shift) + below, minlength=len(counts))
         room = size - self.lanes * int(counts.max())  # a window may have a bucket more than its equal part
         if room <= 0:
             raise ConfigError(f"{self.lanes} lanes of {size} examples are too few for a table of {self.total}: raise the window's examples")
         windows = self.lanes * -(-self.total // room)
         edges = np.searchsorted(counts.cumsum(), self.total * np.arange(1, windows) / windows, side="right")
-        return [(int(edge) - len(counts) // 2) << shift for edge in edges]
+        return [(int(edge) - below) << shift for edge in edges]
+
+
+class Draws(Generic[T, E]):
+    """Windows as `encode` makes tokens of them, by the number of a draw (its turn times the lanes, and the lane).
+
+    Each lane goes through its windows (lane, lane + lanes, ...) in an order of its own, another one each epoch. A table of one window is
+    encoded once.
+    """
+
+    def __init__(self, windows: Sequence[Sequence[T]], lanes: int, seed: int, encode: Callable[[Sequence[T]], E]) -> None:
+        self.windows, self.lanes, self.seed, self.encode = windows, lanes, seed, encode
+        self._only: E | None = None
+
+    def __getitem__(self, number: int) -> E:
+        turn, lane = divmod(number, self.lanes)
+        epoch, place = divmod(turn, len(self.windows) // self.lanes)
+        order = np.random.default_rng([self.seed, lane, epoch]).permutation(len(self.windows) // self.lanes)
+        return self.encoded(int(order[place]) * self.lanes + lane)
+
+    def encoded(self, window: int) -> E:
+        """The tokens of one window."""
+        if len(self.windows) > 1:
+            return self.encode(self.windows[window])
+        if self._only is None:
+            self._only = self.encode(self.windows[0])
+        return self._only
 
 
 class _Lane:

@@ -3,11 +3,11 @@
 import json
 import shutil
 
-import pyarrow as pa
 import pytest
 import torch
 
 from gr2.errors import InputError, MissingInputError
+from scoring.engine import seed_of
 from scoring.model import encode, label_ids, load
 from tests.e2e import tiny
 from training import sft
@@ -48,12 +48,27 @@ def test_sft_learns_the_format_and_a_rerun_gives_the_same_model(make_ctx):
     assert longer.model("sft-teacher", "sft").hash != teacher
 
 
+def test_a_table_larger_than_the_window_is_learned_too(make_ctx):
+    ctx = make_ctx([*QUICK, "sft.window_examples=72", "sft.student.max_steps=40"])
+    rows = [
+        row | {"ordinal": seed_of(row["example_id"])} for row in tiny.sft_rows(tiny.model_named(ctx, "midtrain", "midtrain-teacher"), 96)
+    ]
+    tiny.put(ctx, "sft_examples", rows)
+    table = sft.windows(ctx.cfg, ctx, ctx.cfg.sft.student)
+    assert (table.lanes, sum(map(len, table))) == (8, 96)
+    assert max(map(len, table)) <= 9
+    assert sft.run(ctx.cfg, ctx).rows_in == 96
+    curve = [json.loads(line)["loss"] for line in (ctx.model("sft", "sft").path / "metrics.jsonl").read_text().splitlines()]
+    assert curve[-1] < 0.5 * curve[0]
+
+
 def test_the_loss_weighs_thought_and_answer_and_reads_the_prompt(ctx):
     tokenizer = tiny.model_named(ctx, "midtrain")
     model, _ = load(ctx.model("midtrain", "midtrain").path)
-    table = pa.Table.from_pylist(tiny.sft_rows(tokenizer, 1))
-    batch = to_batch(pack(sft.to_examples(tokenizer, table, 0.25, 2.0), 512), [0])
-    thought, answer = len(encode(tokenizer, table["reasoning"][0].as_py())), len(encode(tokenizer, table["answer"][0].as_py())) + 1
+    (row,) = tiny.sft_rows(tokenizer, 1)
+    lesson = sft.Lesson(row["prompt"], row["reasoning"], row["answer"])
+    batch = to_batch(pack(sft.to_examples(tokenizer, [lesson], 0.25, 2.0), 512), [0])
+    thought, answer = len(encode(tokenizer, lesson.reasoning)), len(encode(tokenizer, lesson.answer)) + 1
     assert sorted(batch.weights_BT.unique().tolist()) == [0.0, 0.25, 2.0]
     assert [(batch.weights_BT == w).sum().item() for w in (0.25, 2.0)] == [thought, answer]
     logps = token_logprobs(model, batch)

@@ -94,6 +94,9 @@ def test_the_lake_filters_sorts_and_names_the_builder(ctx):
         "c",
         "a",
     ]
+    for most in (1, 2, 3, 9):
+        first = ctx.lake.read("item_stats", ["item_id"], order_by=["count", "item_id"], most=most)
+        assert first["item_id"].to_pylist() == ["c", "a", "b"][:most]
     with pytest.raises(MissingInputError, match="gr2 stage evidence"):
         ctx.lake.read("item_pairs")
     with pytest.raises(KeyError):
