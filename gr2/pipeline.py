@@ -139,9 +139,9 @@ STAGES = (
         ("distill", "prompt", "scoring"),
         ("candidates", "candidate_features", "items", "semantic_ids"),
         ("distill_examples",),
-        ("rl",),
+        ("sft", "rl"),
     ),
-    Stage("distill", "training.distill", ("distill", "models"), ("distill_examples",), (), ("sft",), ("fast",)),
+    Stage("distill", "training.distill", ("distill", "models"), ("distill_examples",), (), ("sft", "rl"), ("fast",)),
     Stage(
         "rerank_scores",
         "spark_jobs.rerank_scores",

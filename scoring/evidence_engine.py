@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gr2.errors import EngineError
-from gr2.prompts import Template, compose_thought, format_answer, format_thought, led_by
+from gr2.prompts import Candidate, Template, compose_thought, format_answer, format_thought, led_by
 from scoring.engine import Answer, Ask, failed, seed_of
 
 Floats = NDArray[np.float64]
@@ -103,6 +103,11 @@ class Program:
         features_NF = design(raw_NC[None], np.ones((1, len(raw_NC)), dtype=bool))[0][0]
         added_NF = (features_NF - self.center_F) / self.scale_F * self.weights_KF[fold]
         return added_NF.sum(axis=1), added_NF
+
+    def log_probabilities(self, candidates: Sequence[Candidate], user: str) -> Floats:
+        """(N,) log-probability of each to be chosen of its list, as the conditional logit of the user's fold has it."""
+        scores_N = self.scores(_raw(candidates), fold_of(user))[0]
+        return np.asarray(scores_N - np.logaddexp.reduce(scores_N))
 
 
 def fold_of(user: str) -> int:
@@ -216,7 +221,7 @@ class EvidenceEngine:
         return format_thought(thought) + format_answer(ranking)
 
 
-def _raw(candidates: Sequence[Any]) -> Floats:
+def _raw(candidates: Sequence[Candidate]) -> Floats:
     """(N, C) raw columns of a view's candidates; NaN where unknown."""
     return np.array([[_number(c.features, name) for name in columns_of()] for c in candidates], dtype=np.float64)
 

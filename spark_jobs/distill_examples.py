@@ -1,16 +1,18 @@
 """Stage `distill_examples`: what the best model makes of the re-ranker's own requests, to be imitated without thinking (METHOD 10).
 
 Reads `candidates`, `candidate_features`, `items`, `semantic_ids` (split `rerank`, at most `distill.max_requests`: no label is needed) and
-the model `distill.source`. Writes `distill_examples` (one request and replica; key example_id).
-The source thinks first, `distill.thoughts` times. Its order is the mean place over the answers it gives, its label probabilities the mean
+the model `distill.source`, or `evidence`: the program that teaches the traces. Writes `distill_examples` (one request and replica; key
+example_id).
+A model thinks first, `distill.thoughts` times. Its order is the mean place over the answers it gives, its label probabilities the mean
 of those at the first answer position, after each thought: one thought is all but sure of its leader, several tell how sure the source is.
-Where no answer parses, it is asked in `score` mode instead: the row's `source_mode` says so.
+Where no answer parses, it is asked in `score` mode instead: the row's `source_mode` says so. The program tells the probabilities of its
+conditional logit; a user's lists are judged by weights that were fitted on others' (`scoring.evidence_engine`).
 A rerun is harmless: draws are seeded and the table is replaced whole.
 
     gr2 stage distill_examples --profile demo
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -24,12 +26,17 @@ from gr2.context import Context, Result
 from gr2.prompts import ANSWER_OPEN, END_THINK, View
 from schemas.base import INT, STRING, list_of
 from scoring.engine import Ask, Engine, seed_of
+from scoring.evidence_engine import NAME, Program
 from scoring.model import load_tokenizer
 from spark_jobs.engine_pool import Rows, Spec, answered, engine_for, portable
+from spark_jobs.program import fitted
 from spark_jobs.prompting import render_texts, sample, views
 from spark_jobs.publish import publish
-from spark_jobs.session import read
+from spark_jobs.session import frame_of, read
 
+Shown = Sequence[tuple[dict[str, Any], View]]  # rows of `candidates`, each with a view of it
+PROGRAM = "evidence"  # the source that is no model
+SCHEMA = schemas.get("distill_examples").arrow()
 CHUNK = 512  # prompts rendered at once
 ROOM = 4  # tokens beyond thought and answer: the tags and the end
 TINY = 1e-30  # a probability that has a logarithm
@@ -40,45 +47,72 @@ ASKED = pa.schema(
 
 def run(cfg: Config, ctx: Context) -> Result:
     """Asks the source, publishes its answers. Raises MissingInputError, EngineError, ModelError (a prompt too long)."""
-    source = ctx.model(cfg.distill.source, "rl")
     there = ctx.lake.read("candidates", ["request_id"], order_by=["request_id"], split="rerank")["request_id"].to_pylist()
     chosen = sample(there, cfg.distill.max_requests, cfg.seed, "distill")
-    parts, stream = [ASKED.empty_table()], views(ctx, cfg, "rerank", chosen, tuple(range(cfg.distill.replicas)))
+    stream = views(ctx, cfg, "rerank", chosen, tuple(range(cfg.distill.replicas)))
+    lists = iter(lambda: list(islice(stream, CHUNK)), [])
+    return _of_program(cfg, ctx, lists) if cfg.distill.source == PROGRAM else _of_model(cfg, ctx, lists)
+
+
+def _of_model(cfg: Config, ctx: Context, lists: Iterator[Shown]) -> Result:
+    source = ctx.model(cfg.distill.source, "rl")
     tokenizer = load_tokenizer(source.path)
-    while chunk := list(islice(stream, CHUNK)):
-        parts.append(asks(cfg, tokenizer, chunk))
-    asked = pa.concat_tables(parts)
-    ctx.log(f"distill_examples: {asked.num_rows} prompts of {len(chosen)} requests for {source.id}")
+    asked = pa.concat_tables([ASKED.empty_table(), *(asks(cfg, tokenizer, chunk) for chunk in lists)])
+    ctx.log(f"distill_examples: {asked.num_rows} prompts for {source.id}")
     spec, remote = Spec("vllm", f"vllm:{source.id}", str(source.path)), portable(cfg, ctx)
 
     def job(_: Rows) -> Callable[[Rows], Rows]:
         return lambda chunk: imitated(engine_for(spec, remote), chunk, remote, source.id)
 
     salt = f"{source.id} {cfg.digest('seed', 'distill', 'prompt')}"
-    with answered(ctx, "distill_examples", asked, job, schemas.get("distill_examples").arrow(), salt) as frame:
+    with answered(ctx, "distill_examples", asked, job, SCHEMA, salt) as frame:
         rows = publish(ctx, "distill_examples", frame)
     scored = read(ctx, "distill_examples").where("source_mode = 'score'").count()
     return Result(rows_in=asked.num_rows, rows_out=rows, detail={"source": source.id, "did_not_parse": scored})
 
 
-def asks(cfg: Config, tokenizer: Any, chunk: Sequence[tuple[dict[str, Any], View]]) -> pa.Table:
+def _of_program(cfg: Config, ctx: Context, lists: Iterator[Shown]) -> Result:
+    program, content = fitted(ctx)
+    name, tokenizer = f"{NAME}@{content[:8]}", load_tokenizer(ctx.model(cfg.distill.start, cfg.distill.start).path)
+    found = [pa.Table.from_pylist(judged(program, name, chunk, cfg, tokenizer), schema=SCHEMA) for chunk in lists]
+    rows = publish(ctx, "distill_examples", frame_of(ctx, pa.concat_tables([SCHEMA.empty_table(), *found])))
+    return Result(rows_in=rows, rows_out=rows, detail={"source": name})
+
+
+def judged(program: Program, name: str, chunk: Shown, cfg: Config, tokenizer: Any) -> list[dict[str, Any]]:
+    """The rows of `distill_examples` as the program's own probabilities have it: it needs no engine, and no thought."""
+    made = []
+    prompts = render_texts(tokenizer, [view for _, view in chunk], cfg, "score")
+    for (row, view), prompt in zip(chunk, prompts, strict=True):
+        logp_N = program.log_probabilities(view.candidates, row["user_id"])
+        best_N = np.argsort(-logp_N, kind="stable")
+        made.append(
+            {
+                **_named(cfg, row),
+                "source_model": name,
+                "source_mode": "program",
+                "prompt": prompt,
+                "order": [view.labels[n] for n in best_N],
+                "label_logprobs": logp_N[best_N].tolist(),
+            }
+        )
+    return made
+
+
+def asks(cfg: Config, tokenizer: Any, chunk: Shown) -> pa.Table:
     """Each view in both forms: the prompt that asks for a thought, and the one whose next token is the first label."""
     shown = [view for _, view in chunk]
     think, score = (render_texts(tokenizer, shown, cfg, mode) for mode in ("think", "score"))
-    rows = []
-    for (row, view), thinking, direct in zip(chunk, think, score, strict=True):
-        example = f"{row['request_id']}#{row['replica']}"
-        rows.append(
-            {
-                "example_id": example,
-                "request_id": row["request_id"],
-                "think": thinking,
-                "prompt": direct,
-                "labels": list(view.shown_labels),
-                "ordinal": seed_of("order", cfg.seed, example),
-            }
-        )
+    rows = [
+        {**_named(cfg, row), "think": thinking, "prompt": direct, "labels": list(view.shown_labels)}
+        for (row, view), thinking, direct in zip(chunk, think, score, strict=True)
+    ]
     return pa.Table.from_pylist(rows, schema=ASKED)
+
+
+def _named(cfg: Config, row: dict[str, Any]) -> dict[str, Any]:
+    example = f"{row['request_id']}#{row['replica']}"
+    return {"example_id": example, "request_id": row["request_id"], "ordinal": seed_of("order", cfg.seed, example)}
 
 
 def imitated(engine: Engine, rows: Sequence[dict[str, Any]], cfg: Config, name: str) -> list[dict[str, Any]]:

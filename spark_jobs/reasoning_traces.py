@@ -19,7 +19,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import pyarrow as pa
 
 import schemas
@@ -30,9 +29,10 @@ from gr2.context import Context, Result
 from gr2.errors import ConfigError, EngineError, MissingInputError
 from gr2.prompts import Template, View, prompt_hash, render
 from scoring.engine import Answer, Ask, Engine, seed_of
-from scoring.evidence_engine import NAME, columns_of, fit, fold_of
+from scoring.evidence_engine import NAME
 from scoring.model import encode_all, load_tokenizer, prompt_text
 from spark_jobs.engine_pool import Rows, Spec, answered, engine_for, portable
+from spark_jobs.program import fitted
 from spark_jobs.prompting import Requests, sample, template_of
 from spark_jobs.publish import publish
 from validation.leaks import leak_of
@@ -96,7 +96,7 @@ def teacher(cfg: Config, ctx: Context) -> Spec:
     template = template_of(cfg.prompt, cfg.traces.template)
     settings = [cfg.seed, cfg.traces.model_dump(mode="json", include=set(DRAWN_BY)), cfg.prompt.model_dump(mode="json"), template.digest]
     if cfg.traces.teacher == "evidence":
-        program, content = _program(ctx)
+        program, content = fitted(ctx)
         return Spec("evidence", f"{NAME}@{_digest(settings, content)}", program=program, template=template)
     if not cfg.traces.model:
         raise ConfigError(f"traces.teacher is {cfg.traces.teacher}: name its model in traces.model")
@@ -107,28 +107,6 @@ def teacher(cfg: Config, ctx: Context) -> Spec:
         found = artifacts.resolve(ctx.root, path, "sft")
         path, identity = str(found.path), found.id
     return Spec("vllm", f"vllm:{cfg.traces.model}@{_digest(settings, identity)}", path=path)
-
-
-def _program(ctx: Context) -> tuple[Any, str]:
-    """The evidence program, fitted on split rerank, and a hash of all that it was fitted on."""
-    names = ["request_id", "grade", "grade_weight", *columns_of()]
-    table = ctx.lake.read("candidate_features", names, order_by=["request_id", "incoming_rank"], split="rerank")
-    users = ctx.lake.read("candidates", ["request_id", "user_id"], order_by=["request_id"], split="rerank")
-    if not table.num_rows:
-        raise MissingInputError("candidate_features has no row of split rerank: run `gr2 stage candidates` first")
-    owners, row_M = np.unique(table["request_id"].to_numpy().astype(str), return_inverse=True)
-    slot_M = np.arange(table.num_rows) - np.searchsorted(row_M, row_M, "left")
-    shape = len(owners), int(slot_M.max()) + 1
-    raw_MC = np.stack([np.round(table[c].to_numpy().astype(np.float64), 6) for c in columns_of()], axis=1)
-    raw_RNC, grades_RN, there_RN = np.zeros((*shape, raw_MC.shape[1])), np.zeros(shape), np.zeros(shape, dtype=bool)
-    raw_RNC[row_M, slot_M], there_RN[row_M, slot_M] = raw_MC, True
-    weights_RN = np.ones(shape)
-    grades_RN[row_M, slot_M] = table["grade"].to_numpy()
-    weights_RN[row_M, slot_M] = np.nan_to_num(table["grade_weight"].to_numpy(), nan=1.0)
-    user_of = dict(zip(users["request_id"].to_pylist(), users["user_id"].to_pylist(), strict=True))
-    folds_R = np.array([fold_of(user_of[str(request)]) for request in owners])
-    content = hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in (raw_MC, grades_RN, weights_RN, folds_R))).hexdigest()
-    return fit(raw_RNC, there_RN, grades_RN, folds_R, weights_RN=weights_RN), content
 
 
 def _digest(*parts: Any) -> str:

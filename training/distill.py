@@ -1,6 +1,6 @@
 """Stage `distill`: the model `fast`, which ranks from one prefill what its source ranked by thinking (METHOD 10).
 
-Reads `distill_examples` (in the order of `ordinal`) and the model `sft`, from which `fast` starts.
+Reads `distill_examples` (in the order of `ordinal`) and the model `distill.start`, from which `fast` starts.
 Writes the model `fast`: a Hugging Face folder with metrics.jsonl and manifest.json. At the first answer position of the prompt without a
 thought, it learns the source's label log-probabilities (soft labels) and its order (Plackett-Luce).
 A rerun is harmless, as in the stage `sft`: all is seeded, and the model is published whole.
@@ -34,10 +34,10 @@ def run(cfg: Config, ctx: Context) -> Result:
     table = ctx.lake.read("distill_examples", ["prompt", "order", "label_logprobs"], order_by=["ordinal", "example_id"])
     if not table.num_rows:
         raise InputError("distill_examples is empty: no request of split `rerank` has its target in the list")
-    base = ctx.model("sft", "sft")
-    model, tokenizer = load(base.path, dropout=cfg.models.student.dropout)
+    base = ctx.model(cfg.distill.start, cfg.distill.start)
+    model, tokenizer = load(base.path, dropout=cfg.distill.dropout)
     examples, taught = to_examples(tokenizer, table)
-    inputs = {"tables": {"distill_examples": ctx.lake.content_version("distill_examples")}, "models": {"sft": base.hash}}
+    inputs = {"tables": {"distill_examples": ctx.lake.content_version("distill_examples")}, "models": {base.name: base.hash}}
     loss_fn = taught.loss_fn(cfg.distill.label_weight, cfg.distill.order_weight)
     loader = loader_of(ctx, "fast", Draws([examples], 1, cfg.seed, list), len(examples), cfg.distill.train, cfg.seed)
     summary = fit(cfg, ctx, "distill", "fast", model, tokenizer, loader, cfg.distill.train, loss_fn, inputs)

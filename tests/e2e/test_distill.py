@@ -57,6 +57,14 @@ def test_fast_learns_order_and_log_probabilities(make_ctx):
     assert (np.argsort(-scores[three], axis=1) == [0, 1, 2]).all()
 
 
+def test_it_starts_where_the_profile_says(make_ctx):
+    ctx = make_ctx(["distill.train.max_steps=1", "distill.start=rl"])
+    tokenizer = tiny.model_named(ctx, "sft", "rl")
+    tiny.put(ctx, "distill_examples", rows(tokenizer, 8))
+    distill.run(ctx.cfg, ctx)
+    assert ctx.model("fast", "distill").manifest["inputs"]["models"] == {"rl": ctx.model("rl", "rl").hash}
+
+
 def test_the_loss_of_a_batch_is_the_mean_over_examples_of_any_length(ctx):
     tokenizer = tiny.model_named(ctx, "sft")
     model, _ = load(ctx.model("sft", "sft").path)

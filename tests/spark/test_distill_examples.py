@@ -6,8 +6,10 @@ import pytest
 from gr2.errors import MissingInputError
 from gr2.prompts import ANSWER_OPEN, EMPTY_THOUGHT, LABELS, load_template
 from scoring.engine import Answer
+from scoring.evidence_engine import _raw, fold_of
 from scoring.model import label_logprobs, load
 from spark_jobs import distill_examples
+from spark_jobs.program import fitted
 from spark_jobs.prompting import views
 from tests.spark import prompt_world
 
@@ -69,7 +71,7 @@ def test_several_thoughts_are_averaged(make_ctx):
 
 def test_the_stage_asks_its_source_and_a_rerun_changes_nothing(make_ctx):
     ctx = make_ctx(SETTINGS)
-    with pytest.raises(MissingInputError, match="gr2 stage rl"):
+    with pytest.raises(MissingInputError, match="gr2 stage candidates"):
         distill_examples.run(ctx.cfg, ctx)
     asked = prompt_world.build(ctx, "rl")
     result = distill_examples.run(ctx.cfg, ctx)
@@ -88,6 +90,32 @@ def test_the_stage_asks_its_source_and_a_rerun_changes_nothing(make_ctx):
     for row, scores in zip(alone, wanted, strict=True):
         np.testing.assert_allclose(row["label_logprobs"], [scores[LABELS.index(label)] for label in row["order"]], atol=2e-3)
         assert row["label_logprobs"] == sorted(row["label_logprobs"], reverse=True)
+    version = ctx.lake.version("distill_examples")
+    distill_examples.run(ctx.cfg, ctx)
+    assert ctx.lake.version("distill_examples") == version
+
+
+def test_the_program_tells_its_own_probabilities_and_needs_no_model_of_its_own(make_ctx):
+    ctx = make_ctx([*SETTINGS, "distill.source=evidence", "distill.max_requests=0"])
+    with pytest.raises(MissingInputError, match="gr2 stage candidates"):
+        distill_examples.run(ctx.cfg, ctx)
+    prompt_world.build(ctx, "sft")
+    result = distill_examples.run(ctx.cfg, ctx)
+    rows = ctx.lake.read("distill_examples", order_by=["example_id"]).to_pylist()
+    assert {r["source_mode"] for r in rows} == {"program"}
+    assert {r["source_model"] for r in rows} == {result.detail["source"]}
+    program = fitted(ctx)[0]
+    shown = {f"{row['request_id']}#{row['replica']}": (row, view) for row, view in views(ctx, ctx.cfg, "rerank", None, (0, 1))}
+    assert {r["example_id"] for r in rows} == set(shown)
+    for row in rows:
+        request, view = shown[row["example_id"]]
+        scores = program.scores(_raw(view.candidates), fold_of(request["user_id"]))[0]
+        told = dict(zip(view.labels, scores - np.log(np.exp(scores).sum()), strict=True))
+        assert row["label_logprobs"] == sorted(row["label_logprobs"], reverse=True)
+        np.testing.assert_allclose([told[label] for label in row["order"]], row["label_logprobs"], atol=1e-5)
+        assert np.exp(row["label_logprobs"]).sum() == pytest.approx(1.0, abs=1e-5)
+    first = {r["request_id"]: r["prompt"] for r in rows if r["example_id"].endswith("#0")}
+    assert any(first[r["request_id"]] != r["prompt"] for r in rows), "replicas show another shuffle"
     version = ctx.lake.version("distill_examples")
     distill_examples.run(ctx.cfg, ctx)
     assert ctx.lake.version("distill_examples") == version
