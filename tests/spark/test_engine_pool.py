@@ -21,7 +21,6 @@ def begun(root: Path) -> Counter[int]:
     return Counter(int(line) // CHUNK for line in (root / "begun").read_text().split())
 
 
-@pytest.mark.parametrize("deadly", [1, 5])
 def test_an_engine_has_all_cores_of_its_machine(tmp_path):
     ctx = context(str(tmp_path))
 
@@ -41,6 +40,7 @@ def test_an_engine_has_all_cores_of_its_machine(tmp_path):
         assert {row.square for row in frame.collect()} == {len(os.sched_getaffinity(0))}, "Spark gives its Python workers one"
 
 
+@pytest.mark.parametrize("deadly", [1, 5])
 def test_a_killed_job_asks_again_only_what_was_under_way(tmp_path, deadly):
     words = [sys.executable, str(Path(__file__).with_name("killed_chunks.py")), str(tmp_path), str(deadly)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PROJECT), str(Path(__file__).parent)])}
