@@ -129,7 +129,7 @@ def chosen(cfg: Config, ctx: Context, split: str) -> tuple[list[str], list[str]]
 def asks(cfg: Config, ctx: Context, models: list[Artifact]) -> pa.Table:
     """One row for each answer that the table does not hold yet (schema ASKED)."""
     nights = nights_of(ctx, models) if ctx.date else [EXPERIMENT]
-    known = _known(ctx, models, nights)
+    known, stale = _known(ctx, models, nights), 0
     bases = {model.name: base_of(ctx, model) if model.name in COMPRESSORS else model for model in models}
     renderers = _renderers(cfg, ctx, models, bases)
     parts = [ASKED.empty_table()]
@@ -147,7 +147,14 @@ def asks(cfg: Config, ctx: Context, models: list[Artifact]) -> pa.Table:
                     texts = renderers[model.name](part, mode)
                     path = bases[model.name].path
                     rows = [_ask(cfg, model, path, mode, *told, own) for told, own in zip(part, texts, strict=True)]
-                    parts.append(pa.Table.from_pylist([r for r in rows if tuple(r[k] for k in KEY) not in known], schema=ASKED))
+                    there = [known.get(tuple(r[k] for k in KEY)) for r in rows]
+                    stale += sum(was not in (None, r["prompt_hash"]) for was, r in zip(there, rows, strict=True))
+                    parts.append(pa.Table.from_pylist([r for was, r in zip(there, rows, strict=True) if was is None], schema=ASKED))
+    if stale:  # the table is insert-only: what a release pins stays as it was
+        ctx.log(
+            f"rerank_scores: {stale} answers that are kept were given to other prompts than today's: lists, prompt or scoring.shuffles "
+            "changed since. Models that are trained anew are asked anew; for these, take another paths.root"
+        )
     found = pa.concat_tables(parts)
     return found.sort_by([(name, "ascending") for name in ("model", "mode", "request_id", "replica")])  # a worker becomes each model once
 
@@ -274,11 +281,12 @@ def _ask(
     }
 
 
-def _known(ctx: Context, models: list[Artifact], nights: list[str]) -> set[tuple[Any, ...]]:
+def _known(ctx: Context, models: list[Artifact], nights: list[str]) -> dict[tuple[Any, ...], str]:
+    """Key -> prompt_hash of the answers that are there."""
     if not ctx.lake.exists("rerank_scores"):
-        return set()
-    table = ctx.lake.read("rerank_scores", list(KEY), model_id=[m.id for m in models], night=nights)
-    return set(zip(*(table[k].to_pylist() for k in KEY), strict=True))
+        return {}
+    table = ctx.lake.read("rerank_scores", [*KEY, "prompt_hash"], model_id=[m.id for m in models], night=nights)
+    return dict(zip(zip(*(table[k].to_pylist() for k in KEY), strict=True), table["prompt_hash"].to_pylist(), strict=True))
 
 
 # -- the engine job ---------------------------------------------------------------------------------------------------

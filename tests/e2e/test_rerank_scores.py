@@ -171,7 +171,7 @@ def test_compressed_contexts_are_scored_under_their_own_names(make_ctx):
         rerank_scores.run(other, Context(other))
 
 
-def test_several_shuffles_of_a_list_give_a_steadier_order_and_cost_their_tokens(make_ctx):
+def test_several_shuffles_of_a_list_give_a_steadier_order_and_cost_their_tokens(make_ctx, capfd):
     """What a random model says of a candidate is noise of slots and labels: added up over more of them, replicas differ less."""
     settings = [*SETTINGS, "scoring.models={rl: [score]}", "scoring.audit_requests=24", "scoring.miss_sample=24"]
     found = {}
@@ -197,6 +197,11 @@ def test_several_shuffles_of_a_list_give_a_steadier_order_and_cost_their_tokens(
         more = found[8][1][key]
         np.testing.assert_allclose(more["label_logprobs"][:LISTED], row["label_logprobs"], atol=1e-5)
         assert 7 * row["prompt_tokens"] < more["prompt_tokens"] < 9 * row["prompt_tokens"]
+    assert "other prompts" not in capfd.readouterr().err
+    fewer = make_ctx([*settings, f"paths.root={ctx.root}"])
+    assert rerank_scores.run(fewer.cfg, fewer).rows_out == 0, "what a release may pin is not asked again"
+    total = ctx.lake.read("rerank_scores").num_rows
+    assert f"{total} answers that are kept were given to other prompts" in capfd.readouterr().err
 
 
 def answered(text: str = "", mode: str = "think", error: str = "", logprobs: list[float] | None = None) -> dict[str, Any]:
