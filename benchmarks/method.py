@@ -50,6 +50,18 @@ VARIANTS: dict[str, Variant] = {
         ("traces.no_target_requests=10000", "sft.no_target=true", "sft.student.max_steps=5200"),
         (("sft", "think"), ("sft", "score"), ("rl", "think"), ("rl", "score")),
     ),
+    "thoughts distilled": Variant(
+        "distill_examples",
+        (
+            "distill.source=rl",
+            "distill.start=sft",
+            "distill.thoughts=4",
+            "distill.temperature=0.8",
+            "distill.replicas=1",
+            "distill.max_requests=8000",
+        ),
+        (("fast", "score"),),
+    ),
     "20 candidates": Variant("candidates", ("candidates.n=20", "prompt.max_prompt_tokens=480", "sft.student.row_tokens=560")),
 }
 SCORED = "scoring.models={sft: [think, direct, score], rl: [think, direct, score], opd: [think], opd+rl: [think], fast: [score]}"
