@@ -32,6 +32,7 @@ class Stage:
     uses: tuple[str, ...] = ()  # models read
     makes: tuple[str, ...] = ()  # models written
     flows: tuple[str, ...] = ("build",)  # build: everything, without --date; night: what a day adds, with --date
+    bears_run: bool = False  # its rows bear the id of the run, in which every setting counts
 
     @property
     def gpu(self) -> bool:
@@ -158,6 +159,7 @@ STAGES = (
         ("evaluation", "scoring"),
         ("candidates", "rerank_scores", "baselines"),
         ("metrics", "audits"),
+        bears_run=True,
     ),
     Stage(
         "drift",
@@ -166,6 +168,7 @@ STAGES = (
         ("events", "interactions", "semantic_ids", "rerank_scores"),
         ("audits",),
         flows=("night",),
+        bears_run=True,
     ),
     Stage(
         "release",
@@ -174,6 +177,7 @@ STAGES = (
         ("metrics", "audits", "rerank_scores"),
         ("releases", "stage_runs"),
         flows=BOTH,
+        bears_run=True,
     ),
     Stage("report", "spark_jobs.report", (), ("metrics", "audits", "releases", "stage_runs"), ()),
     Stage("maintenance", "spark_jobs.maintenance", ("maintenance",), ("releases",), (), flows=BOTH),
@@ -226,6 +230,8 @@ def fingerprint(stage: Stage, cfg: Config, ctx: Context) -> str:
     }
     if not stage.reads:
         parts["raw"] = _raw_listing(ctx)
+    if stage.bears_run:
+        parts["run"] = ctx.run_id
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -10,7 +10,7 @@ TABLE = Table(
     columns=(
         Column("run_id", STRING, "run"),
         Column("stage", STRING, "stage"),
-        Column("status", STRING, "ok, up_to_date or failed"),
+        Column("status", STRING, "ok; up_to_date: it ran in an earlier run, which the other columns tell of", values=("ok", "up_to_date")),
         Column("rows_in", LONG, "rows read"),
         Column("rows_out", LONG, "rows published"),
         Column("quarantined", LONG, "rows refused"),

@@ -66,25 +66,16 @@ def succeeded(there: list[dict[str, Any]], release: dict[str, Any], keep: int) -
 
 
 def stage_rows(ctx: Context) -> list[dict[str, Any]]:
-    """The last good run of each stage as rows of `stage_runs`."""
+    """The last good run of each stage as rows of `stage_runs`: those of this run, and what it found up to date."""
+    names = ("stage", "status", "rows_in", "rows_out", "quarantined", "duplicates", "tokens", "seconds", "peak_mib", "fingerprint")
     rows = []
     for stage in STAGES:
         record = read_record(ctx, stage.name)
         if record and stage.name not in ("release", "report", "maintenance"):
-            columns = (
-                "run_id",
-                "stage",
-                "status",
-                "rows_in",
-                "rows_out",
-                "quarantined",
-                "duplicates",
-                "tokens",
-                "seconds",
-                "peak_mib",
-                "fingerprint",
-            )
-            rows.append({**{c: record[c] for c in columns}, "detail": json.dumps(record["detail"], sort_keys=True, default=str)})
+            row = {**{c: record[c] for c in names}, "run_id": ctx.run_id}
+            if record["run_id"] != ctx.run_id:
+                row["status"] = "up_to_date"
+            rows.append({**row, "detail": json.dumps(record["detail"], sort_keys=True, default=str)})
     return rows
 
 

@@ -74,6 +74,15 @@ def test_every_stage_runs_every_table_can_be_read_and_a_rerun_changes_nothing(tm
     assert versions(root) == before
     assert results_of(root) == results
 
+    told = gr2(root, "run", "--set", "maintenance.keep_days=3")
+    rerun = ("evaluation", "release", "report", "maintenance")
+    assert told.count("up to date") == len(pipeline.flow("build")) - len(rerun), "figures and releases bear the run's id"
+    later = Context(load("demo", [f"paths.root={root}", *SMALL, "maintenance.keep_days=3"])).run_id
+    states = query(ctx, f"SELECT status, count(*) AS n FROM stage_runs WHERE run_id = '{later}' GROUP BY ALL ORDER BY n").to_pylist()
+    assert states == [{"status": "ok", "n": 1}, {"status": "up_to_date", "n": len(pipeline.flow("build")) - len(rerun)}]
+    assert results_of(root) == [row | {"run_id": later} for row in results]
+    results = results_of(root)
+
     gr2(root, "run", "--date", "2026-01-28")
     found = query(
         ctx, "SELECT status, count(*) AS n FROM rerank_scores WHERE night = '2026-01-28' AND mode = 'score' GROUP BY ALL"
