@@ -241,9 +241,7 @@ class SFT(Section):
     no_target: bool = False  # also what the teacher wrote of lists without their target: nothing proves it, but small models need texts
     dropout: Share = 0.0  # that of mid-training keeps a small model from copying exactly
     drills: int = Field(0, ge=0)  # made-up lists beside the traces (gr2.drills), for models without a base
-    window_examples: Positive = (
-        250_000  # examples in memory at once, over all processes; a table of more is read in windows of a drawn order
-    )
+    window_examples: Positive = 250_000  # examples in memory at once, as in midtrain
 
 
 class RL(Section):

@@ -91,8 +91,8 @@ def add(result: Result, outcome: Outcome) -> None:
 def optimise(cfg: Config, ctx: Context, plan: Plan) -> Outcome:
     """Samples, trains, validates, and publishes the best model under the plan's name."""
     model, tokenizer = load(plan.start.path)
-    drawn = plan.settings.max_steps * cfg.rl.prompts_per_step * (1 + cfg.rl.max_refills)
-    tasks, held_out = samples.read_tasks(ctx, "rerank", max(1, drawn)), samples.read_tasks(ctx, "valid", cfg.rl.validate_requests)
+    drawn = max(1, plan.settings.max_steps) * cfg.rl.prompts_per_step * (1 + cfg.rl.max_refills)
+    tasks, held_out = samples.read_tasks(ctx, "rerank", drawn), samples.read_tasks(ctx, "valid", cfg.rl.validate_requests)
     inputs = {
         "tables": {"rl_prompts": ctx.lake.content_version("rl_prompts")},
         "models": {a.name: a.hash for a in (plan.start, plan.teacher) if a},
