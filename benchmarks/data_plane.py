@@ -131,14 +131,14 @@ def polars(work: Path, millions: float) -> dict[str, Any]:
     """The same tables by the obvious Polars script, which keeps no rules, refuses and publishes nothing."""
     import os
 
-    from deltalake import DeltaTable
+    from schemas.lake import Lake
 
     root = work / f"spark-{millions:g}"
     peak, began = Peak(os.getpid()), time.monotonic()
     rows = polars_tables(root, work)
     seconds = time.monotonic() - began
     peak.stop.set()
-    spark_rows = DeltaTable(root / "tables" / "histories").to_pyarrow_dataset().count_rows()
+    spark_rows = Lake(root).dataset("histories").count_rows()
     return {"polars seconds": seconds, "polars MiB": peak.mib, "equal": [rows, spark_rows]}
 
 

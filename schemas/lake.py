@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as ds
+import pyarrow.fs as fs
 from deltalake import DeltaTable
 
 import schemas
@@ -60,8 +61,13 @@ class Lake:
         return int(self.content_commit(name)["version"])
 
     def dataset(self, name: str) -> ds.Dataset:
-        """The table as an Arrow dataset, for DuckDB and for streaming."""
-        return self.open(name).to_pyarrow_dataset()
+        """The table as an Arrow dataset, for DuckDB and for streaming.
+
+        A folder is read by Arrow itself: through delta-rs's file system, which is Python, Arrow's threads may still let files go while
+        the interpreter ends, and that aborts a process that had done its work (apache/arrow#34314).
+        """
+        folder = None if "://" in str(self.root) else fs.SubTreeFileSystem(self.path(name), fs.LocalFileSystem())
+        return self.open(name).to_pyarrow_dataset(filesystem=folder)
 
     def read(self, name: str, columns: list[str] | None = None, order_by: Sequence[str] = (), most: int = 0, **equals: Any) -> pa.Table:
         """Rows whose columns equal the given values, sorted: delta-rs promises no order of rows, so say `order_by` where it matters.

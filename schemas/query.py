@@ -57,10 +57,8 @@ def print_tables(ctx: Context) -> None:
     rows = []
     for table in schemas.all_tables():
         if ctx.lake.exists(table.name):
-            opened = ctx.lake.open(table.name)
-            rows.append(
-                [table.name, f"{opened.to_pyarrow_dataset().count_rows():,}", str(opened.version()), table.grain, ", ".join(table.key)]
-            )
+            count, version = ctx.lake.dataset(table.name).count_rows(), ctx.lake.version(table.name)
+            rows.append([table.name, f"{count:,}", str(version), table.grain, ", ".join(table.key)])
         else:
             rows.append([table.name, "-", "-", table.grain, ", ".join(table.key)])
     _print_table(["table", "rows", "version", "grain: one row is", "key"], rows)

@@ -31,9 +31,8 @@ def write(ctx: Context, environment: jinja2.Environment) -> list[str]:
     template, asked = environment.get_template("table.html.jinja"), questions()
     names = [name for name in schemas.NAMES if ctx.lake.exists(name)]
     for name in names:
-        opened = ctx.lake.open(name)
         page = template.render(
-            table=schemas.get(name), names=names, rows=opened.to_pyarrow_dataset().count_rows(), version=opened.version(),
+            table=schemas.get(name), names=names, rows=ctx.lake.dataset(name).count_rows(), version=ctx.lake.version(name),
             stage=builder_of(name), profile=ctx.cfg.profile,
             questions=[(question, query) for question, query in asked if re.search(rf"\b(FROM|JOIN) {name}\b", query)],
         )  # fmt: skip

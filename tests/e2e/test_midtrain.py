@@ -136,14 +136,14 @@ def test_a_table_larger_than_the_window_is_learned_too(make_ctx: Callable[..., C
 SCRIPT = """
 import json, sys
 from itertools import islice
-from deltalake import DeltaTable
 import pyarrow.dataset as ds
 from test_midtrain import Digits
+from schemas.lake import Lake
 from training.loop import rank, world
 from training.midtrain import Mix, Text
 from training.stream import Epochs, Windows
 
-dataset = DeltaTable(sys.argv[1]).to_pyarrow_dataset()
+dataset = Lake(sys.argv[1]).dataset("midtrain_examples")
 table = Windows(dataset, Text, ("ordinal", "example_id"), ds.field("fit") == "train", 60, 4)
 mix = Mix(Digits(), table, 2, 0.2, 24, 1, table.lanes)
 loader = Epochs(mix.rows, 4 * 24, 5, rank=rank(), world=world(), lanes=table.lanes, windows=len(table))
@@ -161,7 +161,7 @@ def test_each_process_knows_where_the_lanes_of_all_stand(make_ctx: Callable[...,
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
     env |= {"PYTHONPATH": f"{PROJECT}:{PROJECT / 'tests' / 'e2e'}", "OMP_NUM_THREADS": "1"}
     for launch in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]):
-        command = [sys.executable, *launch, str(tmp_path / "script.py"), ctx.table_path("midtrain_examples"), str(tmp_path)]
+        command = [sys.executable, *launch, str(tmp_path / "script.py"), str(ctx.root), str(tmp_path)]
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
         assert done.returncode == 0, done.stderr[-3000:]
     said = [json.loads((tmp_path / name).read_text()) for name in ("1-0.json", "2-0.json", "2-1.json")]

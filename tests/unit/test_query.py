@@ -2,12 +2,15 @@
 
 import datetime as dt
 import json
+import subprocess
+import sys
 
 import pyarrow as pa
 import pytest
 from deltalake import write_deltalake
 
 import schemas
+from gr2 import PROJECT
 from gr2.errors import EnvironmentProblem, InputError, MissingInputError
 from schemas.lake import Lake
 from schemas.query import print_query, print_tables, query
@@ -101,3 +104,18 @@ def test_the_lake_filters_sorts_and_names_the_builder(ctx):
         ctx.lake.read("item_pairs")
     with pytest.raises(KeyError):
         ctx.lake.read("../../etc")
+
+
+READ_AND_END = """
+import sys
+from schemas.lake import Lake
+Lake(sys.argv[1]).read("item_stats", ["item_id", "count"], fit="train")
+"""
+
+
+def test_a_process_that_has_read_ends_well(ctx):
+    """Of eight, delta-rs's own file system lets about half abort."""
+    put(ctx, "item_stats", stats("c", "a", "b"))
+    command = [sys.executable, "-c", READ_AND_END, str(ctx.root)]
+    ended = [subprocess.run(command, cwd=PROJECT, capture_output=True, text=True) for _ in range(8)]
+    assert [(done.returncode, done.stderr) for done in ended] == [(0, "")] * 8
