@@ -1,8 +1,8 @@
 """The evidence teacher: a program, not a language model. It picks by the evidence tables; its rationale follows from its ranking.
 
 It says what it is everywhere: its name is `evidence:3`. Who comes first is a draw from a conditional logit (McFadden 1974): the largest
-of score = w . features + temperature * Gumbel. The weights are fitted on the re-ranker's own training lists in two folds of users, so
-that no list of a user taught the weights which rank that user's lists.
+of score = w . features + temperature * Gumbel. The weights are fitted on the re-ranker's own training lists in folds of users, so that
+no list of a user taught the weights which rank that user's lists. Trees that go on from its scores are in `scoring.boosted`.
 
 In the targeted mode the target's score gets a boost and the rationale is written for the boosted order: post hoc, as a model's would be.
 
@@ -23,7 +23,7 @@ from scoring.engine import Answer, Ask, failed, seed_of
 
 Floats = NDArray[np.float64]
 NAME = "evidence:3"
-FOLDS = 2
+FOLDS = 5
 RIDGE = 100.0  # of the standardised weights, against the sum over lists
 BOOST = 8.0  # of the target's score in the targeted mode: it nearly always comes first
 PLACES = 20  # incoming places with a weight of their own
@@ -92,7 +92,7 @@ def _largest(values_RN: Floats, there_RN: NDArray[np.bool_]) -> Floats:
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """Fitted weights, one row a fold: row f was fitted on the users of the other fold. `center`, `scale`: of the standardised features."""
+    """Fitted weights, one row a fold: row f was fitted on the users of the others. `center`, `scale`: of the standardised features."""
 
     weights_KF: Floats
     center_F: Floats
@@ -100,14 +100,12 @@ class Program:
 
     def scores(self, raw_NC: Floats, fold: int) -> tuple[Floats, Floats]:
         """(N,) scores of one list and (N, F) what each feature added."""
-        features_NF = design(raw_NC[None], np.ones((1, len(raw_NC)), dtype=bool))[0][0]
-        added_NF = (features_NF - self.center_F) / self.scale_F * self.weights_KF[fold]
+        added_NF = self.standard(raw_NC[None], np.ones((1, len(raw_NC)), dtype=bool))[0] * self.weights_KF[fold]
         return added_NF.sum(axis=1), added_NF
 
-    def log_probabilities(self, candidates: Sequence[Candidate], user: str) -> Floats:
-        """(N,) log-probability of each to be chosen of its list, as the conditional logit of the user's fold has it."""
-        scores_N = self.scores(_raw(candidates), fold_of(user))[0]
-        return np.asarray(scores_N - np.logaddexp.reduce(scores_N))
+    def standard(self, raw_RNC: Floats, there_RN: NDArray[np.bool_]) -> Floats:
+        """(R, N, F) standardised features: what the weights multiply."""
+        return np.asarray((design(raw_RNC, there_RN)[0] - self.center_F) / self.scale_F)
 
 
 def fold_of(user: str) -> int:
@@ -123,7 +121,7 @@ def fit(
     ridge: float = RIDGE,
     weights_RN: Floats | None = None,
 ) -> Program:
-    """Fits both folds: each on the lists of the other one's users that hold something relevant.
+    """Fits each fold, on the lists of the others' users that hold something relevant.
 
     `grades_RN`: relevance; the relevant items of a list share it. `weights_RN`: what each of them counts (inverse propensities).
     Raises EngineError where a fold has nothing to learn from.
@@ -139,14 +137,19 @@ def fit(
     center_F, scale_F = seen_XF.mean(axis=0), seen_XF.std(axis=0)
     scale_F = np.where(scale_F > 1e-9, scale_F, 1.0)
     standard_RNF = (features_RNF - center_F) / scale_F
-    relevant_RN = np.where(there_RN, np.maximum(grades_RN, 0.0), 0.0)
-    share_RN = relevant_RN / np.maximum(relevant_RN.sum(axis=1, keepdims=True), 1e-12)
-    share_RN = share_RN if weights_RN is None else share_RN * weights_RN[holds_R]
+    share_RN = shares(grades_RN, there_RN, None if weights_RN is None else weights_RN[holds_R])
     rows = []
     for fold in range(FOLDS):
         taught = folds_R != fold
         rows.append(_conditional_logit(standard_RNF[taught], there_RN[taught], share_RN[taught], ridge))
     return Program(np.stack(rows), center_F, scale_F)
+
+
+def shares(grades_RN: Floats, there_RN: NDArray[np.bool_], weights_RN: Floats | None = None) -> Floats:
+    """(R, N) of a list's relevance each candidate's part, times what it counts. A list without any has zeros."""
+    relevant_RN = np.where(there_RN, np.maximum(grades_RN, 0.0), 0.0)
+    share_RN = relevant_RN / np.maximum(relevant_RN.sum(axis=1, keepdims=True), 1e-12)
+    return np.asarray(share_RN if weights_RN is None else share_RN * weights_RN)
 
 
 def _conditional_logit(features_RNF: Floats, there_RN: NDArray[np.bool_], share_RN: Floats, ridge: float) -> Floats:
@@ -204,7 +207,7 @@ class EvidenceEngine:
         if ask.view is None or not ask.user:
             raise ValueError("the evidence teacher needs the ask's view and user")
         view = ask.view
-        scores_N, added_NF = self._program.scores(_raw(view.candidates), fold_of(ask.user))
+        scores_N, added_NF = self._program.scores(raw_of(view.candidates), fold_of(ask.user))
         if ask.target is not None:
             scores_N[[c.item_id for c in view.candidates].index(ask.target)] += BOOST
         noise_N = np.random.default_rng(ask.seed).gumbel(size=len(scores_N))
@@ -221,7 +224,7 @@ class EvidenceEngine:
         return format_thought(thought) + format_answer(ranking)
 
 
-def _raw(candidates: Sequence[Candidate]) -> Floats:
+def raw_of(candidates: Sequence[Candidate]) -> Floats:
     """(N, C) raw columns of a view's candidates; NaN where unknown."""
     return np.array([[_number(c.features, name) for name in columns_of()] for c in candidates], dtype=np.float64)
 

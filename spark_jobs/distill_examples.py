@@ -5,8 +5,8 @@ the model `distill.source`, or `evidence`: the program that teaches the traces. 
 example_id).
 A model thinks first, `distill.thoughts` times. Its order is the mean place over the answers it gives, its label probabilities the mean
 of those at the first answer position, after each thought: one thought is all but sure of its leader, several tell how sure the source is.
-Where no answer parses, it is asked in `score` mode instead: the row's `source_mode` says so. The program tells the probabilities of its
-conditional logit; a user's lists are judged by weights that were fitted on others' (`scoring.evidence_engine`).
+Where no answer parses, it is asked in `score` mode instead: the row's `source_mode` says so. The program has trees here that go on from
+its conditional logit (`scoring.boosted`), and tells its probabilities; who judges a user's lists was fitted on others'.
 A rerun is harmless: draws are seeded and the table is replaced whole.
 
     gr2 stage distill_examples --profile demo
@@ -25,11 +25,11 @@ from gr2.config import Config
 from gr2.context import Context, Result
 from gr2.prompts import ANSWER_OPEN, END_THINK, View
 from schemas.base import INT, STRING, list_of
+from scoring.boosted import Boosted
 from scoring.engine import Ask, Engine, seed_of
-from scoring.evidence_engine import NAME, Program
 from scoring.model import load_tokenizer
 from spark_jobs.engine_pool import Rows, Spec, answered, engine_for, portable
-from spark_jobs.program import fitted
+from spark_jobs.program import boosted
 from spark_jobs.prompting import render_texts, sample, views
 from spark_jobs.publish import publish
 from spark_jobs.session import frame_of, read
@@ -72,19 +72,19 @@ def _of_model(cfg: Config, ctx: Context, lists: Iterator[Shown]) -> Result:
 
 
 def _of_program(cfg: Config, ctx: Context, lists: Iterator[Shown]) -> Result:
-    program, content = fitted(ctx)
-    name, tokenizer = f"{NAME}@{content[:8]}", load_tokenizer(ctx.model(cfg.distill.start, cfg.distill.start).path)
-    found = [pa.Table.from_pylist(judged(program, name, chunk, cfg, tokenizer), schema=SCHEMA) for chunk in lists]
+    tokenizer = load_tokenizer(ctx.model(cfg.distill.start, cfg.distill.start).path)
+    judge, name = boosted(ctx)
+    found = [pa.Table.from_pylist(judged(judge, name, chunk, cfg, tokenizer), schema=SCHEMA) for chunk in lists]
     rows = publish(ctx, "distill_examples", frame_of(ctx, pa.concat_tables([SCHEMA.empty_table(), *found])))
     return Result(rows_in=rows, rows_out=rows, detail={"source": name})
 
 
-def judged(program: Program, name: str, chunk: Shown, cfg: Config, tokenizer: Any) -> list[dict[str, Any]]:
+def judged(judge: Boosted, name: str, chunk: Shown, cfg: Config, tokenizer: Any) -> list[dict[str, Any]]:
     """The rows of `distill_examples` as the program's own probabilities have it: it needs no engine, and no thought."""
     made = []
     prompts = render_texts(tokenizer, [view for _, view in chunk], cfg, "score")
-    for (row, view), prompt in zip(chunk, prompts, strict=True):
-        logp_N = program.log_probabilities(view.candidates, row["user_id"])
+    logps = judge.log_probabilities([view.candidates for _, view in chunk], [row["user_id"] for row, _ in chunk])
+    for (row, view), prompt, logp_N in zip(chunk, prompts, logps, strict=True):
         best_N = np.argsort(-logp_N, kind="stable")
         made.append(
             {

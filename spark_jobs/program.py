@@ -1,19 +1,57 @@
-"""The evidence program (`scoring.evidence_engine`), fitted on the re-ranker's own lists: the teacher of traces, and of `distill`.
+"""The evidence program (`scoring.evidence_engine`), fitted on the re-ranker's own lists: the teacher of traces; with trees, of `distill`.
 
 program, content = fitted(ctx)
+judge, name = boosted(ctx)
 """
 
 import hashlib
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gr2.context import Context
 from gr2.errors import MissingInputError
-from scoring.evidence_engine import Program, columns_of, fit, fold_of
+from scoring import boosted as trees
+from scoring.evidence_engine import NAME, Floats, Program, columns_of, fit, fold_of
+
+
+@dataclass(frozen=True)
+class Lists:
+    """R lists of split rerank, padded to N candidates: raw columns (R, N, C), who is there, grades, what they count, folds of users."""
+
+    raw_RNC: Floats
+    there_RN: NDArray[np.bool_]
+    grades_RN: Floats
+    weights_RN: Floats
+    folds_R: NDArray[np.int64]
+
+    @cached_property
+    def content(self) -> str:
+        """A hash of all that is fitted on."""
+        arrays = self.raw_RNC[self.there_RN], self.grades_RN, self.weights_RN, self.folds_R
+        return hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in arrays)).hexdigest()
 
 
 def fitted(ctx: Context) -> tuple[Program, str]:
     """The program, and a hash of all that it was fitted on. Raises MissingInputError, EngineError (no list with its target)."""
+    lists = _lists(ctx)
+    return _program(lists), lists.content
+
+
+def boosted(ctx: Context) -> tuple[trees.Boosted, str]:
+    """The program with trees, and its name. Raises as `fitted` does."""
+    of = _lists(ctx)
+    judge = trees.boost(_program(of), of.raw_RNC, of.there_RN, of.grades_RN, of.folds_R, ctx.cfg.seed, of.weights_RN)
+    return judge, f"{NAME}+{trees.NAME}@{of.content[:8]}"
+
+
+def _program(of: Lists) -> Program:
+    return fit(of.raw_RNC, of.there_RN, of.grades_RN, of.folds_R, weights_RN=of.weights_RN)
+
+
+def _lists(ctx: Context) -> Lists:
     names = ["request_id", "grade", "grade_weight", *columns_of()]
     table = ctx.lake.read("candidate_features", names, order_by=["request_id", "incoming_rank"], split="rerank")
     users = ctx.lake.read("candidates", ["request_id", "user_id"], order_by=["request_id"], split="rerank")
@@ -30,5 +68,4 @@ def fitted(ctx: Context) -> tuple[Program, str]:
     weights_RN[row_M, slot_M] = np.nan_to_num(table["grade_weight"].to_numpy(), nan=1.0)
     user_of = dict(zip(users["request_id"].to_pylist(), users["user_id"].to_pylist(), strict=True))
     folds_R = np.array([fold_of(user_of[str(request)]) for request in owners])
-    content = hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in (raw_MC, grades_RN, weights_RN, folds_R))).hexdigest()
-    return fit(raw_RNC, there_RN, grades_RN, folds_R, weights_RN=weights_RN), content
+    return Lists(raw_RNC, there_RN, grades_RN, weights_RN, folds_R)

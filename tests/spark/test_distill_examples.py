@@ -6,10 +6,9 @@ import pytest
 from gr2.errors import MissingInputError
 from gr2.prompts import ANSWER_OPEN, EMPTY_THOUGHT, LABELS, load_template
 from scoring.engine import Answer
-from scoring.evidence_engine import _raw, fold_of
 from scoring.model import label_logprobs, load
 from spark_jobs import distill_examples
-from spark_jobs.program import fitted
+from spark_jobs.program import boosted
 from spark_jobs.prompting import views
 from tests.spark import prompt_world
 
@@ -104,13 +103,13 @@ def test_the_program_tells_its_own_probabilities_and_needs_no_model_of_its_own(m
     rows = ctx.lake.read("distill_examples", order_by=["example_id"]).to_pylist()
     assert {r["source_mode"] for r in rows} == {"program"}
     assert {r["source_model"] for r in rows} == {result.detail["source"]}
-    program = fitted(ctx)[0]
+    judge, name = boosted(ctx)
+    assert name == result.detail["source"]
     shown = {f"{row['request_id']}#{row['replica']}": (row, view) for row, view in views(ctx, ctx.cfg, "rerank", None, (0, 1))}
     assert {r["example_id"] for r in rows} == set(shown)
     for row in rows:
         request, view = shown[row["example_id"]]
-        scores = program.scores(_raw(view.candidates), fold_of(request["user_id"]))[0]
-        told = dict(zip(view.labels, scores - np.log(np.exp(scores).sum()), strict=True))
+        told = dict(zip(view.labels, judge.log_probabilities([view.candidates], [request["user_id"]])[0], strict=True))
         assert row["label_logprobs"] == sorted(row["label_logprobs"], reverse=True)
         np.testing.assert_allclose([told[label] for label in row["order"]], row["label_logprobs"], atol=1e-5)
         assert np.exp(row["label_logprobs"]).sum() == pytest.approx(1.0, abs=1e-5)
