@@ -22,7 +22,7 @@ from gr2.errors import ConfigError
 from gr2.sections import Name, Positive, Section, Share, Training
 
 Modes = tuple[Literal["think", "direct", "score"], ...]
-Baseline = Literal["random", "popularity", "transition", "lambdamart", "oracle"]
+Baseline = Literal["random", "popularity", "transition", "lambdamart", "program", "oracle"]
 COMPRESSORS = ("latents", "brief")  # not models of their own: what `rl` answers to a compressed context (METHOD 9)
 PLACE = r"^([a-z0-9]+://([\w-]+@)?[\w.-]*(:\d+)?)?(/[\w.=/-]*)?$"  # a folder or a URL, without a password
 

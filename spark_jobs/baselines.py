@@ -4,6 +4,7 @@ Reads: `candidate_features`, `candidates`. Writes: `baselines` (one request and 
     prerank      the incoming order                      random       a seeded shuffle: chance level
     popularity   interactions of the fit                 transition   direct transitions from the last history item, then popularity
     lambdamart   LightGBM on the same evidence that the models read, trained on the lists of split rerank, picked on valid
+    program      the evidence program with trees, which `distill` learns from (`distill.source: evidence`): fitted on split rerank
     oracle       the best order of the same candidates: the ceiling
 A rerun is harmless: all of it is seeded and replaced whole.
 
@@ -21,6 +22,8 @@ import schemas
 from gr2.config import Config
 from gr2.context import Context, Result
 from gr2.errors import InputError
+from spark_jobs.program import boosted
+from spark_jobs.program import lists as padded
 from spark_jobs.publish import publish
 from spark_jobs.session import frame_of
 
@@ -45,6 +48,11 @@ def run(cfg: Config, ctx: Context) -> Result:
         ctx.log(f"lambdamart: {detail}")
         for name, rows in splits.items():
             scores[name]["lambdamart"] = [booster.predict(matrix(rows), num_threads=2)] if rows.num_rows else [np.zeros(0)]
+    if "program" in cfg.evaluation.baselines:
+        judge, detail["program"] = boosted(ctx)
+        for name, rows in splits.items():
+            of = padded(ctx, name) if rows.num_rows else None
+            scores[name]["program"] = [np.zeros(0) if of is None else judge.judged(of.raw_RNC, of.there_RN, of.folds_R)[of.there_RN]]
     wanted = ("prerank", *cfg.evaluation.baselines)
     tables = [order_rows(rows, name, model, *scores[name][model]) for name, rows in splits.items() for model in wanted]
     published = publish(ctx, "baselines", frame_of(ctx, pa.concat_tables(tables)))

@@ -19,7 +19,7 @@ from scoring.evidence_engine import NAME, Floats, Program, columns_of, fit, fold
 
 @dataclass(frozen=True)
 class Lists:
-    """R lists of split rerank, padded to N candidates: raw columns (R, N, C), who is there, grades, what they count, folds of users."""
+    """R lists, padded to N candidates: raw columns (R, N, C), who is there, grades, what they count, folds of users."""
 
     raw_RNC: Floats
     there_RN: NDArray[np.bool_]
@@ -29,20 +29,20 @@ class Lists:
 
     @cached_property
     def content(self) -> str:
-        """A hash of all that is fitted on."""
+        """A hash of it all."""
         arrays = self.raw_RNC[self.there_RN], self.grades_RN, self.weights_RN, self.folds_R
         return hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in arrays)).hexdigest()
 
 
 def fitted(ctx: Context) -> tuple[Program, str]:
     """The program, and a hash of all that it was fitted on. Raises MissingInputError, EngineError (no list with its target)."""
-    lists = _lists(ctx)
-    return _program(lists), lists.content
+    of = lists(ctx, "rerank")
+    return _program(of), of.content
 
 
 def boosted(ctx: Context) -> tuple[trees.Boosted, str]:
     """The program with trees, and its name. Raises as `fitted` does."""
-    of = _lists(ctx)
+    of = lists(ctx, "rerank")
     judge = trees.boost(_program(of), of.raw_RNC, of.there_RN, of.grades_RN, of.folds_R, ctx.cfg.seed, of.weights_RN)
     return judge, f"{NAME}+{trees.NAME}@{of.content[:8]}"
 
@@ -51,12 +51,13 @@ def _program(of: Lists) -> Program:
     return fit(of.raw_RNC, of.there_RN, of.grades_RN, of.folds_R, weights_RN=of.weights_RN)
 
 
-def _lists(ctx: Context) -> Lists:
+def lists(ctx: Context, split: str) -> Lists:
+    """The lists of a split by request, their candidates in incoming order. Raises MissingInputError where it has none."""
     names = ["request_id", "grade", "grade_weight", *columns_of()]
-    table = ctx.lake.read("candidate_features", names, order_by=["request_id", "incoming_rank"], split="rerank")
-    users = ctx.lake.read("candidates", ["request_id", "user_id"], order_by=["request_id"], split="rerank")
+    table = ctx.lake.read("candidate_features", names, order_by=["request_id", "incoming_rank"], split=split)
+    users = ctx.lake.read("candidates", ["request_id", "user_id"], order_by=["request_id"], split=split)
     if not table.num_rows:
-        raise MissingInputError("candidate_features has no row of split rerank: run `gr2 stage candidates` first")
+        raise MissingInputError(f"candidate_features has no row of split {split}: run `gr2 stage candidates` first")
     owners, row_M = np.unique(table["request_id"].to_numpy().astype(str), return_inverse=True)
     slot_M = np.arange(table.num_rows) - np.searchsorted(row_M, row_M, "left")
     shape = len(owners), int(slot_M.max()) + 1

@@ -53,3 +53,15 @@ def test_lambdamart_without_a_positive_is_refused(ctx):
     learnable(ctx, hit=0.0)
     with pytest.raises(InputError, match=r"evaluation\.baselines"):
         baselines.run(ctx.cfg, ctx)
+
+
+def test_the_program_is_a_baseline_where_it_is_asked_for(make_ctx):
+    ctx = make_ctx(["evaluation.baselines=[program,random]"])
+    requests = learnable(ctx)
+    result = baselines.run(ctx.cfg, ctx)
+    first = {m: [] for m in ("program", "random")}
+    for row in ctx.lake.read("baselines").to_pylist():
+        if row["model"] in first:
+            first[row["model"]].append(row["new_order"][0] == requests[row["request_id"]]["target_id"])
+    assert np.mean(first["program"]) > np.mean(first["random"]) + 0.2
+    assert result.detail["program"].startswith("evidence:3+trees:1@")
