@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import pyarrow.dataset as ds
 import torch
 
 from gr2.config import Config, Training
@@ -64,9 +63,8 @@ class Lesson:
 
 def windows(cfg: Config, ctx: Context, settings: Training) -> Windows[Lesson]:
     """The examples in order of reading. Raises InputError if there is none."""
-    dataset, everything = ctx.lake.dataset("sft_examples"), ds.field("example_id").is_valid()
     lanes = rows_per_batch(settings.tokens_per_batch, settings.row_tokens, world())
-    found = Windows(dataset, Lesson, ("ordinal", "example_id"), everything, cfg.sft.window_examples, lanes, ORDINAL_BITS)
+    found = Windows(ctx.lake.dataset("sft_examples"), Lesson, ("ordinal", "example_id"), None, cfg.sft.window_examples, lanes, ORDINAL_BITS)
     if not found.total:
         raise InputError("sft_examples is empty: no trace was accepted; look at reasoning_traces, or raise traces.max_attempts")
     return found

@@ -15,6 +15,8 @@ Delta gives a dataset as of one version: rows committed later are not seen.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
+from functools import reduce
+from operator import and_
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -32,14 +34,14 @@ READ = {"batch_size": 16_384, "batch_readahead": 2, "fragment_readahead": 1}  # 
 
 
 class Windows(Sequence[list[T]], Generic[T]):
-    """The rows of a dataset where `where` holds, as lists of the dataclass `row`, at most `size // lanes` in each.
+    """The rows of a dataset, or those where `where` holds, as lists of the dataclass `row`, at most `size // lanes` in each.
 
     `order_by`: a column of uniformly spread integers (of `bits` bits: 64 with a sign, fewer from 0), then what breaks ties. Rows come in
     this order. `lanes` is 1 where all rows fit `size`, else what was asked for. Raises ConfigError where no window is that small.
     """
 
     def __init__(
-        self, dataset: ds.Dataset, row: type[T], order_by: Sequence[str], where: ds.Expression, size: int, lanes: int, bits: int = 64
+        self, dataset: ds.Dataset, row: type[T], order_by: Sequence[str], where: ds.Expression | None, size: int, lanes: int, bits: int = 64
     ) -> None:
         self.dataset, self.row, self.order_by, self.where, self.bits = dataset, row, list(order_by), where, bits
         self.columns = [field.name for field in fields(row)]  # type: ignore[arg-type]
@@ -62,9 +64,9 @@ class Windows(Sequence[list[T]], Generic[T]):
 
     def between(self, first: int | None, beyond: int | None) -> list[T]:
         """The rows whose ordinal lies between, in order."""
-        ordinal, where = ds.field(self.order_by[0]), self.where
-        where = where if first is None else where & (ordinal >= first)
-        where = where if beyond is None else where & (ordinal < beyond)
+        ordinal = ds.field(self.order_by[0])
+        terms = [self.where, None if first is None else ordinal >= first, None if beyond is None else ordinal < beyond]
+        where = reduce(and_, (term for term in terms if term is not None), ds.scalar(True))
         columns = list(dict.fromkeys([*self.columns, *self.order_by]))
         table = self.dataset.to_table(columns=columns, filter=where, **READ).sort_by([(c, "ascending") for c in self.order_by])
         return [self.row(**values) for values in table.select(self.columns).to_pylist()]
