@@ -422,8 +422,9 @@ class Config(Section):
         return self
 
     def digest(self, *sections: str) -> str:
-        """SHA-256 of the named sections (all without names); paths are left out, since a moved folder changes no content."""
-        data = self.model_dump(mode="json", exclude={"paths"})
+        """SHA-256 of the named sections (all without names), without what changes no content: paths, and how often training is saved."""
+        told = self.model_dump_json(exclude={"paths"})
+        data = json.loads(told, object_hook=lambda section: {k: v for k, v in section.items() if k != "checkpoint_every"})
         chosen = {k: data[k] for k in sections} if sections else data
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
 

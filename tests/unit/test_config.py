@@ -77,6 +77,8 @@ def test_digest_follows_content_not_place():
     assert base.digest() == load("demo", ["paths.root=/elsewhere"]).digest()
     assert base.digest("rl") != load("demo", ["rl.group=4"]).digest("rl")
     assert base.digest("sft") == load("demo", ["rl.group=4"]).digest("sft")
+    assert base.digest() == load("demo", ["sft.student.checkpoint_every=7"]).digest()
+    assert base.digest("sft") != load("demo", ["sft.student.accumulation=7"]).digest("sft")
 
 
 def test_no_section_has_more_than_25_settings_and_all_are_frozen():
