@@ -44,12 +44,20 @@ class Run:
             for metric in SHOWN:
                 own_R = metrics.graded_values(metric, grades_RN)
                 self.values[model, mode, metric] = {u: float(v) for u, v, h in zip(self.users, own_R, hit, strict=True) if h}
-        release = next(r for r in ctx.lake.read("releases").to_pylist() if r["status"] == "promoted")
-        seconds = ctx.lake.read("stage_runs", ["seconds"], run_id=release["run_id"])["seconds"].to_pylist()
-        self.told = (
-            f"Release {release['release_id']}: commit {release['code'][:7]}, seed {release['seed']}, {sum(seconds) / 60:.0f} minutes, "
-            f"lists of {requests.size}, table versions {json.loads(release['pins'])['tables']}."
-        )
+        self.told = f"{_release(ctx)}, lists of {requests.size}."
+
+
+def _release(ctx: Context) -> str:
+    """What a root's promoted release says of itself; a root whose stages were run by name may have none."""
+    rows = ctx.lake.read("releases", status="promoted").to_pylist() if ctx.lake.exists("releases") else []
+    if not rows:
+        return f"Not released: seed {ctx.cfg.seed}"
+    release = rows[0]
+    seconds = ctx.lake.read("stage_runs", ["seconds"], run_id=release["run_id"])["seconds"].to_pylist()
+    return (
+        f"Release {release['release_id']}: commit {release['code'][:7]}, seed {release['seed']}, {sum(seconds) / 60:.0f} minutes, "
+        f"table versions {json.loads(release['pins'])['tables']}"
+    )
 
 
 def averaged(parts: Sequence[Values]) -> Values:
