@@ -1,22 +1,29 @@
 """What a user would deploy instead of a generative pre-ranker: SASRec with a softmax over all items, on the same interactions and requests.
 
-    python -m benchmarks.sasrec --root var/beauty [--minutes 15] [--seeds 13 14 15]
+    python -m benchmarks.sasrec --root var/beauty [--minutes 15] [--seeds 13 14 15] [--lists 20 --work FOLDER]
 
 Reads `interactions` and `candidates` of a root whose run has come as far as `candidates`. Trains on what the pre-ranker of the test lists
 trained on (all but each user's validation and test item), ranks all items but the user's own for each test request, and prints both side by
 side with the paired difference and its 95 % bootstrap interval over users. The number of epochs is chosen on the validation targets by a
 model that saw only the pretrain split, as the pre-ranker's was.
 
+With --lists, its best items become the lists of a copy of the root's tables (rerank and valid by the model of the pretrain split), with the
+evidence of each candidate, and LambdaMART puts them in order, as it does the pre-ranker's: what the usual pair of tools gives.
+
 SASRec: Kang and McAuley, 2018 (arXiv 1808.09781); the softmax over all items instead of sampled negatives: Klenitskiy and Vasilev, 2023
 (arXiv 2309.07602). Shapes: B users, T places, N items and the pad 0, D hidden size.
 """
 
 import argparse
+import copy
+import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from gr2.environment import set_defaults
 
@@ -25,11 +32,21 @@ set_defaults()  # before torch: threads that spin while they wait make it severa
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
+import schemas  # noqa: E402
+from benchmarks.stages import gr2  # noqa: E402
+from gr2.config import Config, load  # noqa: E402
+from gr2.context import Context  # noqa: E402
 from gr2.metrics import paired_bootstrap, values  # noqa: E402
+from schemas.candidates import EXPERIMENT  # noqa: E402
 from schemas.lake import Lake  # noqa: E402
+from spark_jobs.candidates import FIT, REQUEST, SPLITS, row_of  # noqa: E402
+from spark_jobs.features import with_features  # noqa: E402
+from spark_jobs.publish import publish  # noqa: E402
+from spark_jobs.session import frame_of, read  # noqa: E402
 
 PLACES, HIDDEN, LAYERS, HEADS, DROPOUT = 50, 128, 2, 2, 0.4
 METRICS = ("recall@5", "recall@10", "ndcg@5", "ndcg@10")
+LISTED = ("recall@1", "recall@3", "recall@5", "ndcg@3", "ndcg@5")
 
 
 class SASRec(nn.Module):
@@ -82,20 +99,27 @@ def epoch(model: SASRec, optimizer: torch.optim.Optimizer, inputs_BT: Tensor, ta
 
 
 @torch.no_grad()
-def ranks(model: SASRec, histories: list[list[int]], targets: list[int], seen: list[list[int]], batch: int = 256) -> np.ndarray:
-    """(R,) rank of each target among all items but the user's own."""
+def scored(model: SASRec, histories: list[list[int]], batch: int = 256) -> Iterator[Tensor]:
+    """scores_BN of all items after each history, batch by batch; -inf for the pad and the history's own items."""
     model.eval()
-    found = []
-    for start in range(0, len(targets), batch):
-        rows = slice(start, start + batch)
+    for start in range(0, len(histories), batch):
+        part = histories[start : start + batch]
         with torch.autocast("cpu", torch.bfloat16):
-            states_BD = model(torch.from_numpy(padded(histories[rows])))[:, -1]
+            states_BD = model(torch.from_numpy(padded(part)))[:, -1]
         scores_BN = states_BD.float() @ model.items.weight.T
         scores_BN[:, 0] = -torch.inf
-        own_B = scores_BN[torch.arange(len(scores_BN)), torch.tensor(targets[rows])]
-        for row, items in enumerate(seen[rows]):
+        for row, items in enumerate(part):
             scores_BN[row, items] = -torch.inf
+        yield scores_BN
+
+
+def ranks(model: SASRec, histories: list[list[int]], targets: list[int]) -> np.ndarray:
+    """(R,) rank of each target, which its history lacks, among all items but the user's own."""
+    found, at = [], 0
+    for scores_BN in scored(model, histories):
+        own_B = scores_BN[torch.arange(len(scores_BN)), torch.tensor(targets[at : at + len(scores_BN)])]
         found.append((scores_BN > own_B[:, None]).sum(1) + 1)
+        at += len(scores_BN)
     return torch.cat(found).numpy()
 
 
@@ -127,8 +151,9 @@ class Data:
             for fit, splits in (("train", ("pretrain",)), ("refit", ("pretrain", "rerank"))):
                 if row["split"] in splits:
                     self.of[fit].setdefault(row["user_id"], []).append(self.number[row["item_id"]])
-        columns = ["request_id", "user_id", "history_ids", "target_id", "full_rank", "slice"]
-        self.requests = {s: lake.read("candidates", columns, order_by=["request_id"], split=s).to_pylist() for s in ("valid", "test")}
+        columns = [*(c for c in REQUEST if c != "seen_ids"), "full_rank"]
+        self.names = ["", *names]
+        self.requests = {s: lake.read("candidates", columns, order_by=["request_id"], split=s).to_pylist() for s in SPLITS}
 
     def sequences(self, fit: str) -> list[list[int]]:
         """Users' items of a fit, of those with two or more."""
@@ -136,24 +161,65 @@ class Data:
 
     def ranks(self, model: SASRec, split: str) -> np.ndarray:
         """(R,) over the split's requests."""
-        rows = self.requests[split]
-        histories = [[self.number[i] for i in r["history_ids"] if i in self.number] for r in rows]
-        return ranks(model, histories, [self.number[r["target_id"]] for r in rows], histories)
+        return ranks(model, self.histories(split), [self.number[r["target_id"]] for r in self.requests[split]])
+
+    def histories(self, split: str) -> list[list[int]]:
+        """Items before each target of the split."""
+        return [[self.number[i] for i in r["history_ids"] if i in self.number] for r in self.requests[split]]
+
+    def lists(self, cfg: Config, models: dict[str, SASRec]) -> list[dict[str, Any]]:
+        """Rows of `candidates`: the best items after each history, by the model that did not see the split."""
+        found = []
+        for split in SPLITS:
+            rows = iter(self.requests[split])
+            for scores_BN in scored(models[FIT[split]], self.histories(split)):
+                values_BK, places_BK = scores_BN.topk(cfg.candidates.n)
+                for scores, places in zip(values_BK.tolist(), places_BK.tolist(), strict=True):
+                    found.append(row_of(cfg, next(rows), FIT[split], "sasrec", [self.names[p] for p in places], scores))
+        return found
 
 
-def chosen_epochs(data: Data, minutes: float, patience: int = 5) -> int:
-    """The number of epochs with the best R@10 on the validation targets."""
-    best = (0.0, 0)
+def chosen_epochs(data: Data, minutes: float, patience: int = 5) -> tuple[int, SASRec]:
+    """The number of epochs with the best R@10 on the validation targets, and the model after so many."""
+    best, kept = (0.0, 0), SASRec(len(data.number))
 
     def watch(model: SASRec, number: int) -> bool:
         nonlocal best
         recall = float(values("recall@10", data.ranks(model, "valid")).mean())
         print(f"  valid R@10 {recall:.4f}", flush=True)
-        best = max(best, (recall, number))
+        if recall > best[0]:
+            best = (recall, number)
+            kept.load_state_dict(copy.deepcopy(model.state_dict()))
         return number - best[1] >= patience
 
     fitted(data.sequences("train"), len(data.number), 200, 13, minutes, watch)
-    return best[1]
+    return best[1], kept
+
+
+def reordered(profile: str, root: Path, work: Path, data: Data, models: dict[str, SASRec], size: int) -> None:
+    """Publishes the lists in a copy of the root's tables, lets LambdaMART order them, prints both orders' figures over all test users."""
+    shutil.rmtree(work, ignore_errors=True)
+    for name in ("interactions", "items", "item_pairs", "item_stats", "item_embeddings"):
+        shutil.copytree(root / "tables" / name, work / "tables" / name)
+    settings = [f"candidates.n={size}", "evaluation.baselines=[lambdamart]"]
+    ctx = Context(load(profile, [f"paths.root={work}", *settings]))
+    table = pa.Table.from_pylist(data.lists(ctx.cfg, models), schema=schemas.get("candidates").arrow())
+    publish(ctx, "candidates", frame_of(ctx, table), {"night": EXPERIMENT})
+    publish(ctx, "candidate_features", with_features(ctx, read(ctx, "candidates")), {"night": EXPERIMENT})
+    gr2(profile, work, ["stage", "baselines"], settings)
+    rows = {r["request_id"]: r for r in data.requests["test"]}
+    print(f"\nLists of {size}, all users\n\n| slice | order | " + " | ".join(LISTED) + " |\n| --- | --- |" + " --- |" * len(LISTED))
+    for model in ("prerank", "lambdamart"):
+        orders = ctx.lake.read("baselines", ["request_id", "new_order"], split="test", model=model).to_pylist()
+        placed = [(rows[o["request_id"]]["slice"], place(o["new_order"], rows[o["request_id"]]["target_id"])) for o in orders]
+        for slice_ in ("all", "later_day"):
+            own = [rank for of, rank in placed if slice_ in ("all", of)]
+            print(f"| {slice_} | {model} | " + " | ".join(f"{values(m, own).mean():.4f}" for m in LISTED) + " |")
+
+
+def place(order: list[str], target: str) -> int:
+    """Rank of the target; 0 where it is not listed."""
+    return order.index(target) + 1 if target in order else 0
 
 
 def main() -> None:
@@ -162,12 +228,18 @@ def main() -> None:
     parser.add_argument("--root", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=15, help="longest training")
     parser.add_argument("--seeds", type=int, nargs="+", default=[13])
+    parser.add_argument("--lists", type=int, default=0, help="size of the lists that LambdaMART orders; 0: none")
+    parser.add_argument("--work", type=Path, help="with --lists: a folder for their tables")
+    parser.add_argument("--profile", default="beauty")
     given = parser.parse_args()
+    if given.lists and not given.work:
+        parser.error("--lists needs --work")
     data = Data(given.root)
-    epochs = chosen_epochs(data, given.minutes)
+    epochs, early = chosen_epochs(data, given.minutes)
     rows = data.requests["test"]
     own = np.array([r["full_rank"] or 0 for r in rows], np.float64)
-    theirs = [data.ranks(fitted(data.sequences("refit"), len(data.number), epochs, s, given.minutes), "test") for s in given.seeds]
+    models = [fitted(data.sequences("refit"), len(data.number), epochs, seed, given.minutes) for seed in given.seeds]
+    theirs = [data.ranks(model, "test") for model in models]
     print(
         f"\n{epochs} epochs, seeds {given.seeds}\n\n| slice | metric | SASRec | pre-ranker | difference |\n| --- | --- | --- | --- | --- |"
     )
@@ -176,7 +248,9 @@ def main() -> None:
         for metric in METRICS:
             a, b = values(metric, own)[inside], np.mean([values(metric, r.astype(np.float64)) for r in theirs], axis=0)[inside]
             mean, low, high = paired_bootstrap(a, b, 1000, 13)
-            print(f"| {slice_} | {metric} | {b.mean():.4f} | {a.mean():.4f} | {mean:+.4f} [{low:+.4f}, {high:+.4f}] |")
+            print(f"| {slice_} | {metric} | {b.mean():.4f} | {a.mean():.4f} | {mean:+.4f} [{low:+.4f}, {high:+.4f}] |", flush=True)
+    if given.lists:
+        reordered(given.profile, given.root, given.work, data, {"train": early, "refit": models[0]}, given.lists)
 
 
 if __name__ == "__main__":
