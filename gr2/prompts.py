@@ -17,6 +17,7 @@ An engine must keep `<think>` and `</think>` in the text that it returns, and dr
 """
 
 import hashlib
+import math
 import random
 import re
 from collections.abc import Mapping, Sequence
@@ -151,7 +152,8 @@ class Feature(Section):
 
     With `listed` the word does not stand in each candidate's line: it stands once, before the labels of so many candidates at most, the
     best first. A small model learns to read such lists; words that it must bind to a line's label it did not (docs/log.md). `as_answer`
-    says the list in the form of an answer.
+    says the list in the form of an answer. With `grades` each label of a list is followed by a digit, the number of these thresholds that
+    its value reaches: an order alone does not say by how much.
     """
 
     column: str = ""
@@ -160,6 +162,7 @@ class Feature(Section):
     best: str = ""
     listed: int = Field(0, ge=0)
     as_answer: bool = False
+    grades: tuple[float, ...] = Field((), max_length=9)
 
     @model_validator(mode="after")
     def _consistent(self) -> "Feature":
@@ -171,7 +174,13 @@ class Feature(Section):
             raise ValueError("a listed feature has one word and one threshold")
         if self.as_answer and not self.listed:
             raise ValueError("only a listed feature can be said as an answer")
+        if self.grades and (not self.listed or self.as_answer or list(self.grades) != sorted(set(self.grades))):
+            raise ValueError("`grades` must rise, and belong to a listed feature that is not said as an answer")
         return self
+
+    def grade(self, value: Value) -> str:
+        """The digit after a listed label; nothing where the feature has no grades."""
+        return str(sum(value >= g for g in self.grades)) if self.grades and isinstance(value, (int, float)) else ""
 
     def level(self, value: Value) -> int:
         """Thresholds that a value reaches; 0 for what is unknown."""
@@ -293,12 +302,13 @@ def evidence_lists(view: View, template: Template) -> list[str]:
     for feature in template.evidence.values():
         if not feature.listed:
             continue
-        labels = [view.labels[place] for place in best_first(feature, view)]
+        places = best_first(feature, view)
         if feature.as_answer:
-            answers += [feature.words[0], format_answer(labels)]
+            answers += [feature.words[0], format_answer([view.labels[place] for place in places])]
         else:
-            labels += [NOBODY] * (min(feature.listed, len(view.labels)) - len(labels))
-            inline.append(" ".join([feature.words[0], *(f"@{label}" for label in labels)]))
+            graded = [view.labels[place] + feature.grade(_value(feature.column, place, view.candidates[place])) for place in places]
+            graded += [NOBODY + feature.grade(-math.inf)] * (min(feature.listed, len(view.labels)) - len(places))
+            inline.append(" ".join([feature.words[0], *(f"@{label}" for label in graded)]))
     return [*([" ".join(inline)] if inline else []), *answers]
 
 

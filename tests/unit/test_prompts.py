@@ -224,6 +224,25 @@ def test_listed_evidence_names_the_best_labels_and_keeps_its_places() -> None:
     assert prompts.NOBODY not in LABELS
 
 
+def test_graded_lists_say_how_strong_the_evidence_is() -> None:
+    graded = load_template("rerank_v4")
+    rows = [{"pair_next": v, "prior_gap": g} for v, g in ((0, 0.0), (1.0, 0.2), (16.0, 0.9), (None, 5.0), (4.0, 5.1), (99.0, None))]
+    view = make_view("r", [], [candidate(n, **row) for n, row in enumerate(rows)], 0)
+    line = next(line for line in text_of(view, graded).split("\n") if line.startswith("nextTop"))
+    a, b, c, d, e, f = view.labels
+    assert line.startswith(f"nextTop @{f}4 @{c}4 @{e}2 pairTop @Z0 @Z0 @Z0 "), "the best three, each with its digit"
+    assert line.endswith(f" gapTop @{a}0 @{b}1 @{c}3 @{d}6 @{e}6"), "small gaps first; what is unknown is not said"
+    plain = text_of(view, LISTS)
+    assert plain.split("nextTop")[0] == text_of(view, graded).split("nextTop")[0].replace(", graded.", ".")
+    assert prompts.evidence_words(view, graded) == sorted(set(prompts.evidence_words(view, LISTS)) | gap_words(view))
+
+
+def gap_words(view: View) -> set[str]:
+    """What a thought may cite of the first five by gap."""
+    claims = {f"{label}:gapTop" for label in view.labels[:5]}
+    return claims | {"gapTop", "gapBest", f"{view.labels[0]}:gapBest"}
+
+
 @given(views)
 def test_listed_claims_are_those_of_the_lists(view: View) -> None:
     shown = {}
@@ -304,6 +323,11 @@ def broken(change: dict[str, object]) -> Template:
         ({"evidence": {"x": {"column": "recent", "at": [1], "words": ["dayZero"]}}}, "one level of one feature"),
         ({"evidence": {"x": {"column": "recent", "at": [1, 2], "words": ["popLow", "popMid"], "listed": 3}}}, "one word and one threshold"),
         ({"evidence": {"x": {"column": "recent", "at": [1], "words": ["popLow"], "as_answer": True}}}, "only a listed feature"),
+        (
+            {"evidence": {"x": {"column": "recent", "at": [1], "words": ["popLow"], "grades": [1]}}},
+            "`grades` must rise, and belong to a listed",
+        ),
+        ({"evidence": {"x": {"column": "recent", "at": [1], "words": ["popLow"], "listed": 3, "grades": [2, 1]}}}, "`grades` must rise"),
         ({"closing": {"think": "x"}}, "closing needs"),
         ({"text_words": -1}, "text_words"),
     ],
