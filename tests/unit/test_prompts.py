@@ -323,10 +323,7 @@ def broken(change: dict[str, object]) -> Template:
         ({"evidence": {"x": {"column": "recent", "at": [1], "words": ["dayZero"]}}}, "one level of one feature"),
         ({"evidence": {"x": {"column": "recent", "at": [1, 2], "words": ["popLow", "popMid"], "listed": 3}}}, "one word and one threshold"),
         ({"evidence": {"x": {"column": "recent", "at": [1], "words": ["popLow"], "as_answer": True}}}, "only a listed feature"),
-        (
-            {"evidence": {"x": {"column": "recent", "at": [1], "words": ["popLow"], "grades": [1]}}},
-            "`grades` must rise, and belong to a listed",
-        ),
+        ({"evidence": {"x": {"column": "recent", "at": [1], "words": ["popLow"], "grades": [1]}}}, "belong to a listed"),
         ({"evidence": {"x": {"column": "recent", "at": [1], "words": ["popLow"], "listed": 3, "grades": [2, 1]}}}, "`grades` must rise"),
         ({"closing": {"think": "x"}}, "closing needs"),
         ({"text_words": -1}, "text_words"),
