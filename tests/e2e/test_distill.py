@@ -43,7 +43,7 @@ def test_fast_learns_order_and_log_probabilities(make_ctx):
     ctx = make_ctx(
         ["distill.train.max_steps=25", "distill.train.lr=5e-3", "distill.train.tokens_per_batch=2048", "distill.train.precision=fp32"]
     )
-    tokenizer = tiny.model_named(ctx, "sft")
+    tokenizer = tiny.model_named(ctx, "rl")
     table = rows(tokenizer, 40)
     tiny.put(ctx, "distill_examples", table)
     distill.run(ctx.cfg, ctx)
@@ -58,16 +58,16 @@ def test_fast_learns_order_and_log_probabilities(make_ctx):
 
 
 def test_it_starts_where_the_profile_says(make_ctx):
-    ctx = make_ctx(["distill.train.max_steps=1", "distill.start=rl"])
+    ctx = make_ctx(["distill.train.max_steps=1", "distill.start=sft"])
     tokenizer = tiny.model_named(ctx, "sft", "rl")
     tiny.put(ctx, "distill_examples", rows(tokenizer, 8))
     distill.run(ctx.cfg, ctx)
-    assert ctx.model("fast", "distill").manifest["inputs"]["models"] == {"rl": ctx.model("rl", "rl").hash}
+    assert ctx.model("fast", "distill").manifest["inputs"]["models"] == {"sft": ctx.model("sft", "sft").hash}
 
 
 def test_the_loss_of_a_batch_is_the_mean_over_examples_of_any_length(ctx):
-    tokenizer = tiny.model_named(ctx, "sft")
-    model, _ = load(ctx.model("sft", "sft").path)
+    tokenizer = tiny.model_named(ctx, "rl")
+    model, _ = load(ctx.model("rl", "rl").path)
     tiny.put(ctx, "distill_examples", rows(tokenizer, 5))
     table = ctx.lake.read("distill_examples", order_by=["ordinal"])
     examples, taught = distill.to_examples(tokenizer, table)
@@ -80,7 +80,7 @@ def test_the_loss_of_a_batch_is_the_mean_over_examples_of_any_length(ctx):
 
 
 def test_empty_and_broken_examples_are_refused(ctx):
-    tokenizer = tiny.model_named(ctx, "sft")
+    tokenizer = tiny.model_named(ctx, "rl")
     tiny.put(ctx, "distill_examples", [])
     with pytest.raises(InputError, match="empty"):
         distill.run(ctx.cfg, ctx)

@@ -13,7 +13,13 @@ from spark_jobs.prompting import views
 from tests.spark import prompt_world
 
 pytestmark = pytest.mark.spark
-SETTINGS = ["distill.max_requests=6", "distill.replicas=2", "prompt.max_prompt_tokens=1000", "prompt.max_thought_tokens=8"]
+SETTINGS = [
+    "distill.source=rl",
+    "distill.max_requests=6",
+    "distill.replicas=2",
+    "prompt.max_prompt_tokens=1000",
+    "prompt.max_thought_tokens=8",
+]
 SETTINGS += ["prompt.max_answer_tokens=24"]
 
 
