@@ -15,7 +15,6 @@ SASRec: Kang and McAuley, 2018 (arXiv 1808.09781); the softmax over all items in
 """
 
 import argparse
-import copy
 import shutil
 import time
 from collections.abc import Iterator
@@ -187,9 +186,9 @@ def chosen_epochs(data: Data, minutes: float, patience: int = 5) -> tuple[int, S
         nonlocal best
         recall = float(values("recall@10", data.ranks(model, "valid")).mean())
         print(f"  valid R@10 {recall:.4f}", flush=True)
-        if recall > best[0]:
+        if (recall, number) > best:
             best = (recall, number)
-            kept.load_state_dict(copy.deepcopy(model.state_dict()))
+            kept.load_state_dict(model.state_dict())
         return number - best[1] >= patience
 
     fitted(data.sequences("train"), len(data.number), 200, 13, minutes, watch)

@@ -162,7 +162,7 @@ class Feature(Section):
     best: str = ""
     listed: int = Field(0, ge=0)
     as_answer: bool = False
-    grades: tuple[float, ...] = Field((), max_length=9)
+    grades: tuple[float, ...] = Field((), max_length=9, exclude_if=lambda grades: not grades)  # no grades: the hash of before
 
     @model_validator(mode="after")
     def _consistent(self) -> "Feature":

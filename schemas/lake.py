@@ -18,6 +18,18 @@ UPKEEP = ("OPTIMIZE", "VACUUM START", "VACUUM END", "SET TBLPROPERTIES", "ADD CO
 HISTORY = 100  # commits that are looked through for the last that changed rows
 
 
+def dataset_of(table: DeltaTable) -> ds.Dataset:
+    """An opened table as an Arrow dataset.
+
+    A folder is read by Arrow itself: through delta-rs's file system, which is Python, Arrow's threads may still let files go while the
+    interpreter ends, and that aborts a process that had done its work (apache/arrow#34314).
+    """
+    if not table.table_uri.startswith("file://"):
+        return table.to_pyarrow_dataset()
+    local, folder = fs.FileSystem.from_uri(table.table_uri)
+    return table.to_pyarrow_dataset(filesystem=fs.SubTreeFileSystem(folder, local))
+
+
 class Lake:
     """The tables under `root`, a folder or a URL, each at its latest version, or at the pinned one."""
 
@@ -61,13 +73,8 @@ class Lake:
         return int(self.content_commit(name)["version"])
 
     def dataset(self, name: str) -> ds.Dataset:
-        """The table as an Arrow dataset, for DuckDB and for streaming.
-
-        A folder is read by Arrow itself: through delta-rs's file system, which is Python, Arrow's threads may still let files go while
-        the interpreter ends, and that aborts a process that had done its work (apache/arrow#34314).
-        """
-        folder = None if "://" in str(self.root) else fs.SubTreeFileSystem(self.path(name), fs.LocalFileSystem())
-        return self.open(name).to_pyarrow_dataset(filesystem=folder)
+        """The table as an Arrow dataset, for DuckDB and for streaming."""
+        return dataset_of(self.open(name))
 
     def read(self, name: str, columns: list[str] | None = None, order_by: Sequence[str] = (), most: int = 0, **equals: Any) -> pa.Table:
         """Rows whose columns equal the given values, sorted: delta-rs promises no order of rows, so say `order_by` where it matters.

@@ -11,7 +11,7 @@ import pyarrow as pa
 import schemas
 from gr2.context import Context
 from gr2.errors import InputError
-from schemas.lake import Lake
+from schemas.lake import Lake, dataset_of
 
 SHOWN = 100  # rows of a table on a terminal
 
@@ -57,8 +57,8 @@ def print_tables(ctx: Context) -> None:
     rows = []
     for table in schemas.all_tables():
         if ctx.lake.exists(table.name):
-            count, version = ctx.lake.dataset(table.name).count_rows(), ctx.lake.version(table.name)
-            rows.append([table.name, f"{count:,}", str(version), table.grain, ", ".join(table.key)])
+            opened = ctx.lake.open(table.name)
+            rows.append([table.name, f"{dataset_of(opened).count_rows():,}", str(opened.version()), table.grain, ", ".join(table.key)])
         else:
             rows.append([table.name, "-", "-", table.grain, ", ".join(table.key)])
     _print_table(["table", "rows", "version", "grain: one row is", "key"], rows)

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gr2.prompts import Candidate
-from scoring.evidence_engine import FOLDS, Floats, Program, fold_of, raw_of, shares
+from scoring.evidence_engine import FOLDS, Floats, Program, columns_of, fold_of, raw_of, shares
 
 NAME = "trees:1"
 BAGS, ROUNDS = 4, 400
@@ -40,7 +40,7 @@ class Boosted:
         """(N,) for each list: log-probability of each candidate to be chosen, as the user's fold has it."""
         if not lists:
             return []
-        raw_RNC = np.zeros((len(lists), max(map(len, lists)), len(raw_of(lists[0][:1])[0])))
+        raw_RNC = np.zeros((len(lists), max(map(len, lists)), len(columns_of())))
         there_RN = np.zeros(raw_RNC.shape[:2], dtype=bool)
         for row, candidates in enumerate(lists):
             raw_RNC[row, : len(candidates)], there_RN[row, : len(candidates)] = raw_of(candidates), True

@@ -22,8 +22,7 @@ import schemas
 from gr2.config import Config
 from gr2.context import Context, Result
 from gr2.errors import InputError
-from spark_jobs.program import boosted
-from spark_jobs.program import lists as padded
+from spark_jobs.program import boosted, padded
 from spark_jobs.publish import publish
 from spark_jobs.session import frame_of
 

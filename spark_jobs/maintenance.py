@@ -21,6 +21,7 @@ from pyarrow.fs import FileType
 import schemas
 from gr2.config import Config
 from gr2.context import Context, Result
+from schemas.lake import dataset_of
 from spark_jobs.session import alter
 
 DAY = 86_400.0  # seconds
@@ -64,7 +65,7 @@ def maintain(cfg: Config, ctx: Context, name: str, pinned: set[int]) -> dict[str
     # younger than keep_days stays, so that a writer at work loses nothing.
     hours, keep = math.ceil(cfg.maintenance.keep_days * 24), sorted(pinned)
     listed = table.vacuum(hours, True, enforce_retention_duration=False, full=True, keep_versions=keep)
-    found = ctx.lake.dataset(name).filesystem.get_file_info(listed)
+    found = dataset_of(table).filesystem.get_file_info(listed)
     removed = [file for file in found if file.type != FileType.NotFound]  # it names what went before, too
     if removed:  # else a commit would say that nothing happened
         table.vacuum(hours, False, enforce_retention_duration=False, full=True, keep_versions=keep)

@@ -36,13 +36,13 @@ class Lists:
 
 def fitted(ctx: Context) -> tuple[Program, str]:
     """The program, and a hash of all that it was fitted on. Raises MissingInputError, EngineError (no list with its target)."""
-    of = lists(ctx, "rerank")
+    of = padded(ctx, "rerank")
     return _program(of), of.content
 
 
 def boosted(ctx: Context) -> tuple[trees.Boosted, str]:
     """The program with trees, and its name. Raises as `fitted` does."""
-    of = lists(ctx, "rerank")
+    of = padded(ctx, "rerank")
     judge = trees.boost(_program(of), of.raw_RNC, of.there_RN, of.grades_RN, of.folds_R, ctx.cfg.seed, of.weights_RN)
     return judge, f"{NAME}+{trees.NAME}@{of.content[:8]}"
 
@@ -51,7 +51,7 @@ def _program(of: Lists) -> Program:
     return fit(of.raw_RNC, of.there_RN, of.grades_RN, of.folds_R, weights_RN=of.weights_RN)
 
 
-def lists(ctx: Context, split: str) -> Lists:
+def padded(ctx: Context, split: str) -> Lists:
     """The lists of a split by request, their candidates in incoming order. Raises MissingInputError where it has none."""
     names = ["request_id", "grade", "grade_weight", *columns_of()]
     table = ctx.lake.read("candidate_features", names, order_by=["request_id", "incoming_rank"], split=split)

@@ -10,6 +10,7 @@ import schemas
 from gr2 import PROJECT
 from gr2.context import Context
 from gr2.pipeline import builder_of
+from schemas.lake import dataset_of
 
 
 def questions() -> list[tuple[str, str]]:
@@ -31,8 +32,9 @@ def write(ctx: Context, environment: jinja2.Environment) -> list[str]:
     template, asked = environment.get_template("table.html.jinja"), questions()
     names = [name for name in schemas.NAMES if ctx.lake.exists(name)]
     for name in names:
+        opened = ctx.lake.open(name)
         page = template.render(
-            table=schemas.get(name), names=names, rows=ctx.lake.dataset(name).count_rows(), version=ctx.lake.version(name),
+            table=schemas.get(name), names=names, rows=dataset_of(opened).count_rows(), version=opened.version(),
             stage=builder_of(name), profile=ctx.cfg.profile,
             questions=[(question, query) for question, query in asked if re.search(rf"\b(FROM|JOIN) {name}\b", query)],
         )  # fmt: skip
