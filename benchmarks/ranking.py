@@ -36,7 +36,8 @@ class Run:
         self.slices = dict(zip(self.users, (r["slice"] for r in requests.rows), strict=True))
         self.full = dict(zip(self.users, (r["full_rank"] or 0 for r in requests.rows), strict=True))
         known = set(requests.place)
-        scored = [r for r in current_scores(cfg, ctx) if r["request_id"] in known]
+        # A root without scores still tells of its pre-ranker and its baselines.
+        scored = [r for r in current_scores(cfg, ctx) if r["request_id"] in known] if ctx.lake.exists("rerank_scores") else []
         graded = {name: requests.graded(orders) for name, orders in all_orders(ctx, requests, scored).items()}
         hit = requests.hit
         self.values: dict[tuple[str, str, str], Values] = {}

@@ -306,6 +306,7 @@ class Distill(Section):
     max_requests: int = Field(400, ge=0)  # seeded sample of split rerank; 0: all
     label_weight: float = Field(1.0, ge=0)
     order_weight: float = Field(0.5, ge=0)
+    later_weight: float = Field(1.0, gt=0)  # what a list counts in fitting the program, whose target came on a day after its history
 
 
 class Scoring(Section):

@@ -46,7 +46,7 @@ COLUMNS = DERIVED | frozenset(
     {"prior_gap", "popularity", "recent", "pair_last", "pair_next", "pair_max", "pair_sum", "lift_max", "pair_gap_days"}
     | {"same_brand", "category_overlap", "text_similarity", "text_similarity_max", "price_ratio", "days_since_seen"}
 )
-SMALL_IS_GOOD = frozenset({"place", "prior_gap"})
+SMALL_IS_GOOD = frozenset({"place", "prior_gap", "pair_gap_days"})
 NOBODY = "Z"  # a label that is never given out: it fills a list of labels, so that every place of it stands at the same distance
 COMPARED = 3  # candidates that a program's thought compares: the first of its order
 BY_PLACE = ("incoming_rank", "prior_score", "prior_gap")  # belong to a place in the incoming order, not to the item in it

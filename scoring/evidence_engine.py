@@ -1,6 +1,6 @@
 """The evidence teacher: a program, not a language model. It picks by the evidence tables; its rationale follows from its ranking.
 
-It says what it is everywhere: its name is `evidence:3`. Who comes first is a draw from a conditional logit (McFadden 1974): the largest
+It says what it is everywhere: its name is `evidence:4`. Who comes first is a draw from a conditional logit (McFadden 1974): the largest
 of score = w . features + temperature * Gumbel. The weights are fitted on the re-ranker's own training lists in folds of users, so that
 no list of a user taught the weights which rank that user's lists. Trees that go on from its scores are in `scoring.boosted`.
 
@@ -22,7 +22,7 @@ from gr2.prompts import Candidate, Template, compose_thought, format_answer, for
 from scoring.engine import Answer, Ask, failed, seed_of
 
 Floats = NDArray[np.float64]
-NAME = "evidence:3"
+NAME = "evidence:4"
 FOLDS = 5
 RIDGE = 100.0  # of the standardised weights, against the sum over lists
 BOOST = 8.0  # of the target's score in the targeted mode: it nearly always comes first
@@ -38,16 +38,18 @@ STEPS = {
     "trend": (-1.2, -0.75, -0.5, -0.3, -0.15),
     "category_overlap": (0.3, 0.5, 0.99),
     "text_similarity": (0.03, 0.1, 0.25, 0.5),
+    "near": (1 / 182, 1 / 33, 1 / 9, 1 / 3, 1 / 2 + 1e-9),  # pairs at most half a year, a month, a week, two days, no day apart
 }
-NEED, PATTERN = ("next", "pair", "ever", "lift", "like"), ("brand", "kind", "pop", "trend")
+NEED, PATTERN = ("next", "pair", "ever", "lift", "days", "like"), ("brand", "kind", "pop", "trend")
 
 
 # -- features ---------------------------------------------------------------------------------------------------------
 
 
 def columns_of() -> tuple[str, ...]:
-    """Columns of `candidate_features` that the program reads, in the order of `design`'s last axis."""
-    return ("incoming_rank", "prior_gap", *COUNTS, *DEGREES, "recent", "popularity", "price_ratio", "days_since_seen")
+    """Columns of `candidate_features` that the program reads; `design` leaves the prior's score to the trees."""
+    of_item = ("pair_gap_days", "recent", "popularity", "price_ratio", "days_since_seen")
+    return ("incoming_rank", "prior_score", "prior_gap", *COUNTS, *DEGREES, *of_item)
 
 
 def design(raw_RNC: Floats, there_RN: NDArray[np.bool_]) -> tuple[Floats, list[str]]:
@@ -65,7 +67,10 @@ def design(raw_RNC: Floats, there_RN: NDArray[np.bool_]) -> tuple[Floats, list[s
     columns |= {name: (raw[name], cited) for name, cited in DEGREES.items()}
     columns |= {"recent": (raw["recent"], "pop"), "popularity": (raw["popularity"], "pop")}
     columns["trend"] = (raw["recent"] - raw["popularity"], "trend")  # how much of its popularity is of late
-    parts += [(columns[name][0], columns[name][1]) for name in (*DEGREES, "recent", "popularity", "trend")]
+    paired_RN = raw["pair_max"] > 0
+    columns["near"] = (np.where(paired_RN, 1 / (1 + raw["pair_gap_days"]), 0.0), "days")  # 1: chosen on one day, 0: never together
+    parts += [(np.where(paired_RN, np.log1p(raw["pair_gap_days"]), 0.0), "days")]
+    parts += [(columns[name][0], columns[name][1]) for name in (*DEGREES, "recent", "popularity", "trend", "near")]
     for name, (value_RN, cited) in columns.items():
         parts += [(_above(value_RN, there_RN), cited), (_largest(value_RN, there_RN), cited)]
         parts += [((value_RN >= step).astype(np.float64), cited) for step in STEPS.get(name, (1e-9,) if name in COUNTS else ())]

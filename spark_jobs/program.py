@@ -5,7 +5,7 @@ judge, name = boosted(ctx)
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -19,13 +19,14 @@ from scoring.evidence_engine import NAME, Floats, Program, columns_of, fit, fold
 
 @dataclass(frozen=True)
 class Lists:
-    """R lists, padded to N candidates: raw columns (R, N, C), who is there, grades, what they count, folds of users."""
+    """R lists, padded to N candidates: raw columns (R, N, C), who is there, grades, what they count, folds of users, slices."""
 
     raw_RNC: Floats
     there_RN: NDArray[np.bool_]
     grades_RN: Floats
     weights_RN: Floats
     folds_R: NDArray[np.int64]
+    slices_R: NDArray[np.str_]
 
     @cached_property
     def content(self) -> str:
@@ -41,8 +42,10 @@ def fitted(ctx: Context) -> tuple[Program, str]:
 
 
 def boosted(ctx: Context) -> tuple[trees.Boosted, str]:
-    """The program with trees, and its name. Raises as `fitted` does."""
+    """The program with trees, and its name: it is to rank what comes on a later day (`distill.later_weight`). Raises as `fitted` does."""
     of = padded(ctx, "rerank")
+    count_R1 = np.where(of.slices_R == "later_day", ctx.cfg.distill.later_weight, 1.0)[:, None]
+    of = replace(of, weights_RN=of.weights_RN * count_R1)
     judge = trees.boost(_program(of), of.raw_RNC, of.there_RN, of.grades_RN, of.folds_R, ctx.cfg.seed, of.weights_RN)
     return judge, f"{NAME}+{trees.NAME}@{of.content[:8]}"
 
@@ -55,7 +58,7 @@ def padded(ctx: Context, split: str) -> Lists:
     """The lists of a split by request, their candidates in incoming order. Raises MissingInputError where it has none."""
     names = ["request_id", "grade", "grade_weight", *columns_of()]
     table = ctx.lake.read("candidate_features", names, order_by=["request_id", "incoming_rank"], split=split)
-    users = ctx.lake.read("candidates", ["request_id", "user_id"], order_by=["request_id"], split=split)
+    requests = ctx.lake.read("candidates", ["request_id", "user_id", "slice"], order_by=["request_id"], split=split).to_pylist()
     if not table.num_rows:
         raise MissingInputError(f"candidate_features has no row of split {split}: run `gr2 stage candidates` first")
     owners, row_M = np.unique(table["request_id"].to_numpy().astype(str), return_inverse=True)
@@ -67,6 +70,7 @@ def padded(ctx: Context, split: str) -> Lists:
     weights_RN = np.ones(shape)
     grades_RN[row_M, slot_M] = table["grade"].to_numpy()
     weights_RN[row_M, slot_M] = np.nan_to_num(table["grade_weight"].to_numpy(), nan=1.0)
-    user_of = dict(zip(users["request_id"].to_pylist(), users["user_id"].to_pylist(), strict=True))
-    folds_R = np.array([fold_of(user_of[str(request)]) for request in owners])
-    return Lists(raw_RNC, there_RN, grades_RN, weights_RN, folds_R)
+    own = {row["request_id"]: row for row in requests}
+    folds_R = np.array([fold_of(own[str(request)]["user_id"]) for request in owners])
+    slices_R = np.array([own[str(request)]["slice"] for request in owners])
+    return Lists(raw_RNC, there_RN, grades_RN, weights_RN, folds_R, slices_R)

@@ -64,4 +64,4 @@ def test_the_program_is_a_baseline_where_it_is_asked_for(make_ctx):
         if row["model"] in first:
             first[row["model"]].append(row["new_order"][0] == requests[row["request_id"]]["target_id"])
     assert np.mean(first["program"]) > np.mean(first["random"]) + 0.2
-    assert result.detail["program"].startswith("evidence:3+trees:1@")
+    assert result.detail["program"].startswith("evidence:4+trees:1@")

@@ -84,7 +84,7 @@ def test_its_order_beats_the_incoming_one_on_new_lists_and_noise_costs(program: 
 def test_every_sample_parses_and_cites_only_what_is_shown(program: Program) -> None:
     template = load_template()
     engine = EvidenceEngine(program, template)
-    assert engine.name == NAME == "evidence:3"
+    assert engine.name == NAME == "evidence:4"
     raw, *_ = lists(40, seed=3)
     texts = set()
     for number, raw_NC in enumerate(raw):
