@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
-from rerank_world import learnable
+from rerank_world import learnable, put
 
 import schemas
 from gr2.errors import InputError
 from spark_jobs import baselines
+from spark_jobs.program import boosted, padded
 
 pytestmark = pytest.mark.spark
 
@@ -55,7 +56,8 @@ def test_lambdamart_without_a_positive_is_refused(ctx):
         baselines.run(ctx.cfg, ctx)
 
 
-def test_the_program_is_a_baseline_where_it_is_asked_for(make_ctx):
+def test_the_program_is_a_baseline_where_it_is_asked_for(make_ctx, monkeypatch):
+    monkeypatch.setattr("scoring.boosted.BAGS", 1)
     ctx = make_ctx(["evaluation.baselines=[program,random]"])
     requests = learnable(ctx)
     result = baselines.run(ctx.cfg, ctx)
@@ -65,3 +67,22 @@ def test_the_program_is_a_baseline_where_it_is_asked_for(make_ctx):
             first[row["model"]].append(row["new_order"][0] == requests[row["request_id"]]["target_id"])
     assert np.mean(first["program"]) > np.mean(first["random"]) + 0.2
     assert result.detail["program"].startswith("evidence:4+trees:1@")
+
+
+def test_what_came_on_a_later_day_can_count_more_for_the_program(make_ctx, monkeypatch):
+    monkeypatch.setattr("scoring.boosted.BAGS", 1)
+    slices = {request: row["slice"] for request, row in learnable(make_ctx()).items()}
+    ctx = make_ctx()
+    rows = ctx.lake.read("candidate_features").to_pylist()
+    for row in rows:
+        if row["split"] == "rerank" and slices[row["request_id"]] == "same_day":  # these say the opposite: the lightest pair
+            own = [r for r in rows if r["request_id"] == row["request_id"]]
+            row["grade"] = int(row["pair_last"] == min(r["pair_last"] for r in own))
+    put(ctx, "candidate_features", rows)
+    of = padded(ctx, "rerank")
+    later, told, names = (of.slices_R == "later_day") & of.grades_RN.any(axis=1), {}, {}
+    for weight in (1.0, 50.0):
+        judge, names[weight] = boosted(make_ctx([f"distill.later_weight={weight}"]))
+        told[weight] = judge.judged(of.raw_RNC, of.there_RN, of.folds_R)[later][of.grades_RN[later] > 0].mean()
+    assert told[50.0] > told[1.0] + 0.1, told
+    assert names[50.0] != names[1.0]
