@@ -61,6 +61,18 @@ def test_weights_count_like_repeated_lists() -> None:
     assert np.abs(weighed.weights_KF - plain.weights_KF).max() > 1e-3
 
 
+def test_days_between_paired_choices_count_where_there_is_a_pair() -> None:
+    raw_RNC, there_RN, _, _ = lists(1, size=3)
+    raw_RNC[0, :, COLUMNS.index("pair_max")] = [2.0, 2.0, 0.0]
+    raw_RNC[0, :, COLUMNS.index("pair_gap_days")] = [0.0, 9.0, np.nan]
+    features_RNF, cited = design(raw_RNC, there_RN)
+    days_NF = features_RNF[0][:, [name == "days" for name in cited]]
+    long, near, above, largest, *steps = days_NF.T.tolist()
+    assert (long, near) == (pytest.approx([0.0, np.log(10), 0.0]), pytest.approx([1.0, 0.1, 0.0])), "no pair: as far as can be"
+    assert (above, largest) == (pytest.approx([2 / 3, 1 / 3, 0.0]), [1.0, 0.0, 0.0])
+    assert steps == [[1, 1, 0], [1, 1, 0], [1, 0, 0], [1, 0, 0], [1, 0, 0]], "at most half a year, a month, a week, two days, none"
+
+
 def first_share(engine: EvidenceEngine, raw: np.ndarray, grades: np.ndarray, **how: float) -> float:
     """Share of lists whose target the engine puts first."""
     hits = []
