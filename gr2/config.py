@@ -157,7 +157,7 @@ class Models(Section):
 
 
 class Midtrain(Section):
-    """The mix of METHOD 3: `history`, the sequence task, and shares of others. `refit` goes on with all but the last two splits."""
+    """The mix of METHOD 3: `history`, the sequence task, and shares of others. `refit` learns from all but the last two splits."""
 
     student: Training = Training(epochs=15, lr=2e-3, row_tokens=128, tokens_per_batch=2048, weight_decay=0.1, average=0.95)
     teacher: Training = Training(epochs=4, lr=1.5e-3, row_tokens=128, tokens_per_batch=2048, weight_decay=0.1, average=0.95)
@@ -170,6 +170,8 @@ class Midtrain(Section):
     history_items: Positive = 24  # longest window; a longer history is cut into windows that overlap by half
     item_dropout: Share = 0.1  # share of items left out of a history, drawn anew each epoch
     item_weight: float = Field(0.5, ge=0)  # of the loss on whole items beside tokens; 0: none (catalogues that a softmax cannot hold)
+    own_vectors: bool = True  # of single items beside their tokens' rows, in the item loss of the student (not with LoRA)
+    refit_from: Literal["midtrain", "start"] = "midtrain"  # the refit goes on from the student, or starts as it started
     window_examples: Positive = 250_000  # texts in memory at once, over all processes; a table of more is read in windows of a drawn order
     held_out: Positive = 512  # users whose items in the rerank split, which fit `train` does not hold, give the held-out loss
 
@@ -241,6 +243,8 @@ class SFT(Section):
     no_target: bool = False  # also what the teacher wrote of lists without their target: nothing proves it, but small models need texts
     dropout: Share = 0.0  # that of mid-training keeps a small model from copying exactly
     drills: int = Field(0, ge=0)  # made-up lists beside the traces (gr2.drills), for models without a base
+    own_vectors: bool = True  # of single items beside their tokens' rows, in the item loss of the student (not with LoRA)
+    refit_from: Literal["midtrain", "start"] = "midtrain"  # the refit goes on from the student, or starts as it started
     window_examples: Positive = 250_000  # examples in memory at once, as in midtrain
 
 

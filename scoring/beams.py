@@ -107,19 +107,27 @@ def beam_search(
     return Found(items_BW, logprobs_BW, states_BD)
 
 
-def judged(found: Found, items_ND: torch.Tensor, weight: float, mixture: Mixture | None = None) -> Found:
+def judged(
+    found: Found, items_ND: torch.Tensor, weight: float, mixture: Mixture | None = None, known_N: NDArray[np.bool_] | None = None
+) -> Found:
     """Orders what the beams found anew: beams propose, item vectors judge (LIGER, arXiv 2411.18814), and counts have their share.
 
     The network's score of an item is (log p(tokens) + weight * log p(item)) / (1 + weight). p(item) is the softmax over all items that
-    mid-training learned with midtrain.item_weight: the state after the prompt against the items' vectors (`scoring.model.item_vectors`, of
-    the same model). With a mixture that score is mixed with the counts, as in the beams. The result's log-probabilities are these scores.
+    mid-training learned with midtrain.item_weight: the state after the prompt against the items' vectors, of the same model
+    (`scoring.own_vectors.item_vectors`). An item that training did not know (`known_N`) is scored by its tokens alone. With a mixture that
+    score is mixed with the counts, as in the beams. The result's log-probabilities are these scores.
     """
     there_BW, items_BW = found.items_BW >= 0, np.maximum(found.items_BW, 0)
     scores_BW: NDArray[np.floating] = found.logprobs_BW
     if weight:
         with torch.inference_mode():
-            logps_BN = (found.states_BD.to(items_ND) @ items_ND.T).float().log_softmax(dim=-1).cpu().numpy()
-        scores_BW = (scores_BW + weight * np.take_along_axis(logps_BN, items_BW, axis=1)) / (1 + weight)
+            logits_BN = (found.states_BD.to(items_ND) @ items_ND.T).float()
+            if known_N is not None:
+                logits_BN[:, torch.from_numpy(~known_N)] = -torch.inf
+            item_BW = np.take_along_axis(logits_BN.log_softmax(dim=-1).cpu().numpy(), items_BW, axis=1)
+        if known_N is not None:
+            item_BW = np.where(known_N[items_BW], item_BW, scores_BW)
+        scores_BW = (scores_BW + weight * item_BW) / (1 + weight)
     if mixture:
         own_BW = mixture.followers_BN[np.arange(len(items_BW))[:, None], items_BW].toarray()
         scores_BW = _mixed(torch.from_numpy(scores_BW), torch.from_numpy(own_BW), mixture.share).numpy()

@@ -24,6 +24,7 @@ from gr2.config import Model
 from gr2.errors import ModelError
 from gr2.prompts import ANSWER_OPEN, ANSWER_SEPARATOR, END_THINK, LABELS, THINK
 from gr2.sids import LETTERS
+from scoring import own_vectors
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 MAX_POSITIONS = 2048  # of a model built from scratch
@@ -101,12 +102,6 @@ def sid_ids(tokenizer: Any) -> NDArray[np.int64]:
 def item_tokens(sid_ids_LK: NDArray[np.int64], codes_NL: NDArray[np.integer]) -> NDArray[np.int64]:
     """tokens_NL: the token of each code of each item."""
     return sid_ids_LK[np.arange(len(sid_ids_LK)), codes_NL]
-
-
-def item_vectors(model: Any, tokens_NL: NDArray[np.int64]) -> torch.Tensor:
-    """items_ND: an item's vector is the sum of its tokens' embeddings."""
-    rows_VD = model.get_input_embeddings().weight
-    return rows_VD[torch.from_numpy(tokens_NL).to(rows_VD.device)].sum(dim=1)
 
 
 def label_ids(tokenizer: Any, labels: Sequence[str] = LABELS) -> list[int]:
@@ -244,6 +239,7 @@ def autocast(model: Any, bf16: bool = True) -> AbstractContextManager[Any]:
 def save(model: Any, tokenizer: Any, folder: Path) -> None:
     """Writes a Hugging Face folder (safetensors) that loads without our code; its generation config holds no sampling default."""
     model.generation_config = _generation_config(tokenizer)
+    own_vectors.detach(model, folder)
     model.save_pretrained(folder, safe_serialization=True)
     tokenizer.save_pretrained(folder)
 

@@ -147,7 +147,8 @@ def ranked(
 ) -> Iterator[dict[str, Any]]:
     """One row of `candidates` for each request, by the pre-ranker `artifact` and what `pairs` (columns PAIR) say followed what."""
     from scoring.beams import Mixture, beam_search, judged
-    from scoring.model import item_tokens, item_vectors, load, sid_ids
+    from scoring.model import item_tokens, load, sid_ids
+    from scoring.own_vectors import attach, item_vectors, own_vectors
     from training.midtrain import start_id
 
     model, tokenizer = load(artifact.path)
@@ -157,7 +158,9 @@ def ranked(
     hidden = _unknown_on(ctx, cfg, place_of)
     ids_LK = sid_ids(tokenizer)
     tokens_NL = item_tokens(ids_LK, codes_NL)
-    items_ND = item_vectors(model, tokens_NL).detach()
+    attach(model, codes_NL, artifact.path)
+    own = own_vectors(model)
+    items_ND, known_N = item_vectors(model, tokens_NL).detach(), own.known_N if own else None
     prompts = Prompts(start_id(tokenizer), tokens_NL, place_of, cfg.midtrain.history_items)
     chosen = cfg.candidates
     followers = _followers(cfg, pairs, place_of) if chosen.pair_share else None
@@ -170,7 +173,7 @@ def ranked(
         known = [[place_of[i] for i in row["history_ids"] if i in place_of] for row in chunk]
         mixture = Mixture(chosen.pair_share, followers.after(known, exclude)) if followers else None
         found = beam_search(model, ids_LK, trie, texts, chosen.beam, exclude, mixture, pad=tokenizer.pad_token_id, batch=size)
-        found = judged(found, items_ND, chosen.item_weight, mixture)
+        found = judged(found, items_ND, chosen.item_weight, mixture, known_N)
         for row, places, scores in zip(chunk, found.items_BW, found.logprobs_BW, strict=True):
             yield row_of(cfg, row, fit, artifact.id, [ids[p] for p in places if p >= 0], scores)
 

@@ -4,8 +4,9 @@
     loss, floats = loss_fn(model, batch)
 
 A token loss teaches an item's first code to a model that does not yet know what the code stands for; a softmax over whole items, as in
-SASRec, sees at once which item it was. An item's vector is the sum of its SID tokens' rows, so the loss adds no parameter and trains the
-very rows that the beam search reads. It is a training aid: what is published is a plain language model.
+SASRec, sees at once which item it was. An item's vector is the sum of its SID tokens' rows, the very rows that the beam search reads, and
+a vector of its own where the model has been given some (`scoring.own_vectors`). What is published is a plain language model, beside which
+these vectors lie.
 
 Shapes: M learned tokens, I items that start among them, N items, L levels, D hidden size, V vocabulary.
 """
@@ -18,7 +19,8 @@ from numpy.typing import NDArray
 
 from gr2.errors import ConfigError
 from gr2.sids import Trie
-from scoring.model import item_tokens, item_vectors
+from scoring.model import item_tokens
+from scoring.own_vectors import item_vectors
 from training.data import Batch
 from training.loop import learned_states, state_logprobs
 

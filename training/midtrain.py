@@ -1,8 +1,9 @@
 """Stage `midtrain`: teaches language models what items are and what follows what (METHOD 3).
 
 Reads    `midtrain_examples`, `items`, `semantic_ids`, the model `tokenizer` (codebooks: where the SID tokens' rows start).
-Writes   the models `midtrain` (student, fit train), `midtrain-refit` (the student, trained on with fit refit) and `midtrain-teacher`
-         (fit train): Hugging Face folders with metrics.jsonl (a line a step, the last with the held-out loss) and manifest.json.
+Writes   the models `midtrain` (student, fit train), `midtrain-refit` (the student with fit refit: trained on, or from the start, as
+         midtrain.refit_from says) and `midtrain-teacher` (fit train): Hugging Face folders with metrics.jsonl (a line a step, the last with
+         the held-out loss) and manifest.json; those that make lists hold vectors of single items too (`scoring.own_vectors`).
 Rerun    vocabulary, first weights, batches, item dropout and dropout are seeded; a model is published whole by one rename. A killed run
          goes on from its last checkpoint, where `midtrain.*.checkpoint_every` asks for some.
 
@@ -16,6 +17,7 @@ trained, and the held-out users come from the first window. The held-out loss is
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,7 @@ from gr2.context import Context, Result
 from gr2.errors import InputError
 from gr2.prompts import load_template, vocabulary_texts
 from gr2.sids import sid_tokens
+from scoring import own_vectors
 from scoring.model import autocast, build_model, build_vocabulary, encode_all, grow_vocabulary, load, sid_ids
 from training.codebooks import Codebooks
 from training.data import Batch, Example, Rows, pack, rows_per_batch, to_batch
@@ -53,16 +56,28 @@ def run(cfg: Config, ctx: Context) -> Result:
     tokens = sid_tokens(*books.shape[:2])
     tokenizer = vocabulary(cfg, ctx, student, tokens, texts["train"])
     result = Result(rows_in=sum(table.total for table in tables.values()))
-    model = build_model(student, tokenizer, books, cfg.seed)
-    _fit(cfg, ctx, "midtrain", model, tokenizer, texts, "train", cfg.midtrain.student, result)
-    # Read back rather than trained on: the refit starts from what was published, also when that was published by an earlier run.
-    model = load(ctx.model("midtrain", STAGE).path, dropout=student.dropout)[0]
-    _fit(cfg, ctx, "midtrain-refit", model, tokenizer, texts, "refit", cfg.midtrain.refit, result)
+    codes_NL = live_codes(ctx)
+    start = _with_own(cfg, build_model(student, tokenizer, books, cfg.seed), codes_NL)
+    _fit(cfg, ctx, "midtrain", start, tokenizer, texts, "train", cfg.midtrain.student, result)
+    if cfg.midtrain.refit_from == "midtrain":
+        # Read back rather than trained on: the refit starts from what was published, also when that was published by an earlier run.
+        kept = ctx.model("midtrain", STAGE).path
+        start = _with_own(cfg, load(kept, dropout=student.dropout)[0], codes_NL, kept)
+    else:
+        start = _with_own(cfg, build_model(student, tokenizer, books, cfg.seed), codes_NL)
+    _fit(cfg, ctx, "midtrain-refit", start, tokenizer, texts, "refit", cfg.midtrain.refit, result)
     if teacher.base != student.base:
         tokenizer = vocabulary(cfg, ctx, teacher, tokens, texts["train"])
     model = build_model(teacher, tokenizer, books, cfg.seed + 1)
     _fit(cfg, ctx, "midtrain-teacher", model, tokenizer, texts, "train", cfg.midtrain.teacher, result)
     return result
+
+
+def _with_own(cfg: Config, model: Any, codes_NL: NDArray[np.int64], folder: Path | None = None) -> Any:
+    """The model, with own vectors of the items where the profile wants some: zeros, or those of the model in a folder."""
+    if cfg.midtrain.own_vectors and cfg.midtrain.item_weight and not cfg.midtrain.student.lora:
+        own_vectors.attach(model, codes_NL, folder)
+    return model
 
 
 # -- texts ------------------------------------------------------------------------------------------------------------
@@ -208,7 +223,7 @@ def _fit(
         model.set_attn_implementation("eager")
     kind = Summed if eager else Batch
     loader = Epochs(mix.rows, settings.tokens_per_batch, cfg.seed, kind, rank(), world(), table.lanes, len(table))
-    loss_fn = item_loss(cfg, ctx, tokenizer)
+    loss_fn = ItemLoss(live_codes(ctx), sid_ids(tokenizer), cfg.midtrain.item_weight) if cfg.midtrain.item_weight else supervised
     _announce(ctx, name, model, loader, settings, loss_fn)
     pairs = held_out(texts["train"], texts["refit"], cfg.midtrain.held_out) if fit_of == "train" else []
     validate = validator(tokenizer, pairs, eager)
@@ -225,13 +240,10 @@ def _fit(
     result.detail[name] = {"steps": summary.steps, "loss": round(summary.last_loss, 4), "seconds": round(summary.seconds, 1)}
 
 
-def item_loss(cfg: Config, ctx: Context, tokenizer: Any) -> LossFn:
-    """The loss of the profile: on tokens alone, or on whole items beside them."""
-    weight = cfg.midtrain.item_weight
-    if not weight:
-        return supervised
+def live_codes(ctx: Context) -> NDArray[np.int64]:
+    """(N, L) codes of the items under the current tokenizer, in order of item id."""
     codes = ctx.lake.read("semantic_ids", ["codes"], tokenizer=ctx.model("tokenizer", "tokenizer").id, order_by=["item_id"])
-    return ItemLoss(np.array(codes["codes"].to_pylist()), sid_ids(tokenizer), weight)
+    return np.array(codes["codes"].to_pylist(), dtype=np.int64)
 
 
 def _announce(ctx: Context, name: str, model: Any, loader: Epochs, settings: Training, loss_fn: LossFn) -> None:

@@ -11,7 +11,8 @@ from gr2.errors import ModelError
 from gr2.sids import Trie, sid_tokens
 from scoring.beams import Mixture, beam_search, judged
 from scoring.followers import Followers
-from scoring.model import build_model, build_vocabulary, item_tokens, item_vectors, sid_ids
+from scoring.model import build_model, build_vocabulary, item_tokens, sid_ids
+from scoring.own_vectors import item_vectors
 
 pytestmark = pytest.mark.e2e
 LEVELS, CODES, ITEMS = 3, 8, 60
@@ -71,6 +72,20 @@ def test_item_scores_are_the_softmax_over_items_averaged_with_the_beams(world: A
         truth = dict(zip(found.items_BW[row], (found.logprobs_BW[row] + 0.5 * item_N[found.items_BW[row]]) / 1.5, strict=True))
         assert both.items_BW[row].tolist() == sorted(truth, key=lambda item: -truth[item]), "the beams' items in another order, no other"
         np.testing.assert_allclose(both.logprobs_BW[row], sorted(truth.values(), reverse=True), atol=1e-4)
+
+
+def test_an_item_that_training_did_not_know_is_scored_by_its_tokens(world: Any) -> None:
+    model, tokenizer, codes_NL, trie, prompts = world
+    found = beam_search(model, sid_ids(tokenizer), trie, prompts, 12, pad=tokenizer.pad_token_id, bf16=False)
+    items_ND = item_vectors(model, tokens_of(tokenizer, codes_NL)).detach()
+    new = int(found.items_BW[0, 3])
+    known_N = np.arange(ITEMS) != new
+    both = judged(found, items_ND, 2.0, known_N=known_N)
+    item_N = torch.log_softmax(found.states_BD[0] @ items_ND[torch.from_numpy(known_N)].T, dim=-1).numpy()
+    logp_of = dict(zip(np.flatnonzero(known_N), item_N, strict=True))
+    for item, logp in zip(found.items_BW[0], found.logprobs_BW[0], strict=True):
+        expected = logp if item == new else (logp + 2 * logp_of[item]) / 3
+        np.testing.assert_allclose(both.logprobs_BW[0][both.items_BW[0] == item], expected, atol=1e-4)
 
 
 def test_rows_without_enough_items_keep_their_gaps_last(world: Any) -> None:

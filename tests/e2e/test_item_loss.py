@@ -9,7 +9,8 @@ import torch
 from gr2.errors import ConfigError
 from gr2.prompts import load_template, vocabulary_texts
 from gr2.sids import sid_tokens, to_text
-from scoring.model import build_model, build_vocabulary, encode, sid_ids
+from scoring.model import build_model, build_vocabulary, encode, item_tokens, load, save, sid_ids
+from scoring.own_vectors import attach, item_vectors, own_vectors
 from tests.e2e.tiny import SIZE
 from training.data import Example, pack, to_batch
 from training.fitting import supervised
@@ -79,6 +80,38 @@ def test_it_teaches_what_follows_and_leaves_the_model_as_it_is(tokenizer):
         curve.append(floats["item_loss"].item())
     assert curve[-1] < 0.2 * curve[0]
     assert set(model.state_dict()) == names
+
+
+def test_own_vectors_are_learned_and_lie_beside_a_plain_model(tokenizer, tmp_path):
+    model = build_model(SIZE, tokenizer, None, seed=3)
+    names = set(model.state_dict())
+    loss_fn, batch = ItemLoss(CODES_NL, sid_ids(tokenizer), 1.0), batch_of(tokenizer, (item(3), item(0) + item(2)))
+    without = loss_fn(model, batch)[1]["item_loss"].item()
+    attach(model, CODES_NL)
+    assert loss_fn(model, batch)[1]["item_loss"].item() == without, "they start at zero"
+    optimizer = torch.optim.SGD(own_vectors(model).parameters(), lr=1.0)
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss_fn(model, batch)[0].backward()
+        optimizer.step()
+    assert loss_fn(model, batch)[1]["item_loss"].item() < 0.5 * without, "with nothing else learned"
+    learned_ND = own_vectors(model).weight.detach().clone()
+    save(model, tokenizer, tmp_path)
+    assert [p.name for p in tmp_path.glob("*.safetensors")] == ["model.safetensors"], "what an engine reads"
+    plain = load(tmp_path)[0]
+    assert set(plain.state_dict()) == names
+    attach(plain, today_NL := np.array([[0, 2], [2, 2], [0, 0], [0, 1]]), tmp_path)  # one item, known by its codes, and two new ones
+    assert own_vectors(plain).known_N.tolist() == [True, False, False, True]
+    tokens_NL = item_tokens(sid_ids(tokenizer), today_NL)
+    added_ND = item_vectors(plain, tokens_NL) - plain.get_input_embeddings().weight[torch.from_numpy(tokens_NL)].sum(dim=1)
+    torch.testing.assert_close(added_ND, torch.stack([learned_ND[1], *torch.zeros(2, learned_ND.shape[1]), learned_ND[0]]))
+
+
+def test_a_model_without_own_vectors_is_left_as_it_is(tokenizer, tmp_path):
+    model = build_model(SIZE, tokenizer, None, seed=3)
+    save(model, tokenizer, tmp_path)
+    attach(model, CODES_NL, tmp_path)
+    assert own_vectors(model) is None
 
 
 def test_scattered_embeddings_are_refused(tokenizer):
