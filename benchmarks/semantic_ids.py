@@ -31,12 +31,12 @@ VARIANTS: dict[str, list[str]] = {
     "rqvae, contrastive": ["tokenizer.contrastive=0.1"],
     "rqvae, text alone": ["embeddings.collaborative_weight=0"],
     "rqvae, random last level": ["tokenizer.collisions=random"],
-    "rqvae, 3 levels of 1,024": ["tokenizer.levels=3", "tokenizer.codes=1024"],
+    "rqvae, 4 levels of 256": ["tokenizer.levels=4", "tokenizer.codes=256"],
     "rqkmeans": ["tokenizer.builder=rqkmeans"],
     "rqkmeans, text alone": ["tokenizer.builder=rqkmeans", "embeddings.collaborative_weight=0"],
     "rqkmeans, random last level": ["tokenizer.builder=rqkmeans", "tokenizer.collisions=random"],
 }
-SHIPPED = "LETTER's codes"
+SHIPPED, SHIPPED_SHAPE = "LETTER's codes", ["tokenizer.levels=4", "tokenizer.codes=256"]
 RETRIEVER = [
     "midtrain.student.epochs=5", "midtrain.refit.epochs=0.02", "midtrain.teacher.epochs=0.02",
     "candidates.max_requests=10", "candidates.max_valid=1000000", "tokenizer.min_uniqueness=0",
@@ -55,20 +55,27 @@ def _json(file: Path) -> dict[str, list[str]]:
 def shipped(root: Path, file: Path) -> dict[str, Any]:
     """Puts others' codes in the place of this root's, a free last code drawn where several items share all. Returns their health."""
     import pyarrow as pa
-    from deltalake import DeltaTable, write_deltalake
 
-    from gr2.config import Tokenizer
+    from gr2.config import Tokenizer, load
+    from gr2.context import Context
+    from gr2.sids import to_text
+    from spark_jobs.publish import publish
+    from spark_jobs.session import frame_of
     from training.collisions import separate
 
+    ctx = Context(load("beauty", [f"paths.root={root}", *SHIPPED_SHAPE]))
+    version = ctx.model("tokenizer", "tokenizer").id
+    table = ctx.lake.read("semantic_ids", order_by=["item_id"], tokenizer=version)
     given = {str(int(key) + 1): [int(re.sub(r"\D", "", word)) for word in words] for key, words in _json(file).items()}
-    place = root / "tables" / "semantic_ids"
-    table = DeltaTable(place).to_pyarrow_table()
     learned_NL = np.array([given[item] for item in table["item_id"].to_pylist()])
     levels = learned_NL.shape[1]
     nowhere = (np.zeros((len(learned_NL), 1), np.float32), np.zeros((levels, 256, 1), np.float32))  # only codes are shipped, no vectors
     codes_NL = separate(learned_NL, *nowhere, Tokenizer(collisions="random", levels=levels), 13)
-    column = pa.array(codes_NL.tolist(), type=table.schema.field("codes").type)
-    write_deltalake(place, table.set_column(table.schema.get_field_index("codes"), table.schema.field("codes"), column), mode="overwrite")
+    written = {"codes": codes_NL.tolist(), "learned_codes": learned_NL.tolist(), "token_text": [to_text(row) for row in codes_NL.tolist()]}
+    for name, values in written.items():
+        field = table.schema.field(name)
+        table = table.set_column(table.schema.get_field_index(name), field, pa.array(values, type=field.type))
+    publish(ctx, "semantic_ids", frame_of(ctx, table), partition={"tokenizer": version})
     return {"learned distinct/items": len(np.unique(learned_NL, axis=0)) / len(learned_NL)}
 
 
@@ -130,7 +137,7 @@ def main() -> None:
     work = given.work.resolve()
     if not (work / "base" / "runs" / "item_embeddings.json").exists():
         build(work / "base", None, "item_embeddings", [])
-    chosen = {**VARIANTS, **({SHIPPED: []} if given.letter else {})}
+    chosen = {**VARIANTS, **({SHIPPED: SHIPPED_SHAPE} if given.letter else {})}
     rows = []
     for name in given.only or chosen:
         rows.append(run(work, name, chosen[name], given.letter))

@@ -1,0 +1,97 @@
+"""Graded rewards from impressions: what RL makes of clicks and purchases, by the log and by the relevance that the simulator knows.
+
+    python -m benchmarks.graded --work FOLDER [--steps 40] [--users 1500]        (about forty minutes on two cores)
+
+The demo's marketplace, logged slates of five: a click has grade 1, a purchase 2, and counts what its slot takes from it
+(candidates.debias = position). The stages run up to SFT once; then the student is trained by RL once for each reward, and what thinks and
+what scores orders the test slates. Printed for each: NDCG and AUC of the log's grades, NDCG of the true relevance, and the paired
+difference of each to the order of the log, with its 95 % bootstrap interval over slates.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.clicks import truths
+from benchmarks.stages import gr2, told
+from gr2.rewards import auc, ndcg
+from schemas.lake import Lake
+
+REWARDS = ("gr2", "normalised", "ndcg", "auc")
+SETTINGS = [
+    "candidates.source=log", "candidates.n=5", "simulator.slate=10", "candidates.debias=position", "data.max_requests_per_user=20",
+    "midtrain.teacher.epochs=1", "sft.teacher.max_steps=50", "rl.teacher.max_steps=1", "rl.validate_every=10", "scoring.replicas=1",
+    "scoring.models={sft: [think, score], rl: [think, score]}", "release.gate=false", "scoring.miss_sample=0",
+]  # fmt: skip
+Orders = dict[str, list[str]]
+
+
+def orders_of(root: Path, model: str) -> dict[str, Orders]:
+    """Mode -> request -> order, of the current version of a model; an answer that was no order leaves the log's."""
+    lake = Lake(root)
+    current = json.loads((root / "models" / model / "current.json").read_text())["hash"]
+    logged = {
+        r["request_id"]: r["candidate_ids"] for r in lake.read("candidates", ["request_id", "candidate_ids"], split="test").to_pylist()
+    }
+    found: dict[str, Orders] = {}
+    for row in lake.read(
+        "rerank_scores", ["request_id", "model_id", "mode", "replica", "new_order"], split="test", model=model
+    ).to_pylist():
+        if current in row["model_id"] and row["replica"] == 0:
+            found.setdefault(row["mode"], {})[row["request_id"]] = row["new_order"] or logged[row["request_id"]]
+    return found
+
+
+def values_of(orders: Orders, grades: dict[str, dict[str, float]], truth: dict[str, dict[str, float]]) -> dict[str, np.ndarray]:
+    """(R,) of each metric, slates in order of their id."""
+    read = {owner: [grades[owner][item] for item in order] for owner, order in sorted(orders.items())}
+    known = [[truth[owner][item] for item in order] for owner, order in sorted(orders.items())]
+    return {
+        "NDCG of the log": np.array([ndcg(row) for row in read.values()]),
+        "AUC of the log": np.array([auc(row) for row in read.values()]),
+        "NDCG of the truth": np.array([_gain(row) / _gain(sorted(row, reverse=True)) for row in known]),
+    }
+
+
+def _gain(relevance: list[float]) -> float:
+    return float(np.dot(relevance, 1 / np.log2(2 + np.arange(len(relevance)))))
+
+
+def main() -> None:
+    """Runs what is not there yet, prints all of it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--users", type=int, default=1500)
+    given = parser.parse_args()
+    root = given.work.resolve() / "root"
+    settings = [*SETTINGS, f"rl.student.max_steps={given.steps}", f"simulator.users={given.users}"]
+    results: dict[str, Any] = {}
+    for reward in REWARDS:
+        done = given.work.resolve() / f"{reward}.json"
+        if not done.exists():
+            gr2("demo", root, ["run", "--to", "rl"], [*settings, f"rl.reward={reward}"])
+            gr2("demo", root, ["stage", "rerank_scores"], [*settings, f"rl.reward={reward}"])
+            done.write_text(json.dumps({f"{m}, {mode}": o for m in ("sft", "rl") for mode, o in orders_of(root, m).items()}))
+        found = json.loads(done.read_text())
+        results |= {("SFT" + name[3:] if name.startswith("sft") else f"RL by {reward}{name[2:]}"): o for name, o in found.items()}
+    rows = Lake(root).read("candidates", ["request_id", "candidate_ids", "grades"], split="test").to_pylist()
+    grades = {r["request_id"]: dict(zip(r["candidate_ids"], r["grades"], strict=True)) for r in rows}
+    truth = truths(root / "truth")
+    judged = set.intersection(*(set(o) for o in results.values()))
+    log = {r["request_id"]: r["candidate_ids"] for r in rows if r["request_id"] in judged}
+    base = values_of(log, grades, truth)
+    bought = sum(max(grades[owner].values()) > 1 for owner in judged)
+    print(f"\n{len(judged):,} test slates, {bought:,} of them with a purchase\n")
+    print("| order | " + " | ".join(f"{name} | over the log's order" for name in base) + " |\n| --- |" + " --- | --- |" * len(base))
+    for name, orders in {"the log's": log, **results}.items():
+        values = values_of({owner: order for owner, order in orders.items() if owner in judged}, grades, truth)
+        cells = [f"{v.mean():.4f} | {told(v - base[metric], signed=True)}" for metric, v in values.items()]
+        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
