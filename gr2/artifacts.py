@@ -17,6 +17,7 @@ from typing import Any
 
 from gr2.errors import MissingInputError, ModelError
 
+BESIDE = ("manifest.json", "metrics.jsonl")  # how the content came about: no part of it
 ALLOWED = {".safetensors", ".json", ".jsonl", ".txt", ".yaml", ".arrow", ".parquet", ".jinja", ".model"}
 
 
@@ -38,7 +39,7 @@ class Artifact:
 def content_hash(folder: Path) -> str:
     """First 12 hex digits of the SHA-256 over names and bytes of all files but the manifest and the curves."""
     digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in ("manifest.json", "metrics.jsonl")):
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in BESIDE):
         digest.update(str(path.relative_to(folder)).encode())
         with path.open("rb") as file:
             while block := file.read(1 << 20):
@@ -63,8 +64,10 @@ def publish_folder(root: Path, name: str, manifest: dict[str, Any]) -> Iterator[
         digest = content_hash(draft)
         (draft / "manifest.json").write_text(json.dumps({"name": name, "hash": digest, **manifest}, indent=1, sort_keys=True, default=str))
         final = home / digest
-        if final.exists():  # equal content: keep the folder that readers may hold open
-            shutil.rmtree(draft)
+        if final.exists():  # equal content: keep the folder that readers may hold open, with the story of the latest training
+            for told in BESIDE:
+                if (draft / told).exists():
+                    os.replace(draft / told, final / told)
         else:
             draft.rename(final)
         pointer = home / f".current-{uuid.uuid4().hex[:8]}"

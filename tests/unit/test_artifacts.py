@@ -10,10 +10,10 @@ from gr2.errors import MissingInputError, ModelError
 pytestmark = pytest.mark.unit
 
 
-def put(root, text: str, name: str = "m") -> None:
-    with publish_folder(root, name, {"seed": 1}) as folder:
+def put(root, text: str, name: str = "m", curve: str = "curves are not content", **manifest: int) -> None:
+    with publish_folder(root, name, {"seed": 1, **manifest}) as folder:
         (folder / "config.json").write_text(text)
-        (folder / "metrics.jsonl").write_text("curves are not content")
+        (folder / "metrics.jsonl").write_text(curve)
 
 
 def test_a_published_model_resolves_with_its_manifest(tmp_path):
@@ -33,6 +33,16 @@ def test_equal_content_keeps_the_version_and_changed_content_keeps_the_old_one_r
     second = resolve(tmp_path, "m", "s")
     assert second.hash != first.hash
     assert (resolve(tmp_path, "m", "s", first.hash).path / "config.json").read_text() == "a"
+
+
+def test_equal_content_of_another_training_tells_of_that_training(tmp_path):
+    put(tmp_path, "a")
+    first = resolve(tmp_path, "m", "s")
+    put(tmp_path, "a", curve="another", seed=2)
+    second = resolve(tmp_path, "m", "s")
+    assert (second.hash, second.manifest["seed"]) == (first.hash, 2)
+    assert (second.path / "metrics.jsonl").read_text() == "another"
+    assert [p.name for p in (tmp_path / "models" / "m").iterdir() if p.is_dir()] == [first.hash]
 
 
 def test_a_failure_while_writing_publishes_nothing(tmp_path):
