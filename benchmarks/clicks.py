@@ -74,7 +74,7 @@ def spearman(scores_RN: np.ndarray, truth_RN: np.ndarray) -> np.ndarray:
 
 def ndcg(scores_RN: np.ndarray, truth_RN: np.ndarray) -> np.ndarray:
     """(R,) discounted true relevance of each order over that of the best."""
-    discounts = 1 / np.log2(2 + np.arange(SLATE))
+    discounts = 1 / np.log2(2 + np.arange(truth_RN.shape[1]))
     got = np.take_along_axis(truth_RN, np.argsort(-scores_RN, axis=1, kind="stable"), axis=1) @ discounts
     return np.asarray(got / (-np.sort(-truth_RN, axis=1) @ discounts))
 

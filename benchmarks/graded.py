@@ -11,12 +11,12 @@ difference of each to the order of the log, with its 95 % bootstrap interval ove
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from benchmarks.clicks import truths
+from benchmarks import clicks
 from benchmarks.stages import gr2, told
+from gr2.artifacts import resolve
 from gr2.rewards import auc, ndcg
 from schemas.lake import Lake
 
@@ -32,32 +32,24 @@ Orders = dict[str, list[str]]
 def orders_of(root: Path, model: str) -> dict[str, Orders]:
     """Mode -> request -> order, of the current version of a model; an answer that was no order leaves the log's."""
     lake = Lake(root)
-    current = json.loads((root / "models" / model / "current.json").read_text())["hash"]
-    logged = {
-        r["request_id"]: r["candidate_ids"] for r in lake.read("candidates", ["request_id", "candidate_ids"], split="test").to_pylist()
-    }
+    logged = lake.read("candidates", ["request_id", "candidate_ids"], split="test").to_pylist()
+    listed = {row["request_id"]: row["candidate_ids"] for row in logged}
+    only = {"split": "test", "model_id": resolve(root, model, model).id, "replica": 0}
     found: dict[str, Orders] = {}
-    for row in lake.read(
-        "rerank_scores", ["request_id", "model_id", "mode", "replica", "new_order"], split="test", model=model
-    ).to_pylist():
-        if current in row["model_id"] and row["replica"] == 0:
-            found.setdefault(row["mode"], {})[row["request_id"]] = row["new_order"] or logged[row["request_id"]]
+    for row in lake.read("rerank_scores", ["request_id", "mode", "new_order"], **only).to_pylist():
+        found.setdefault(row["mode"], {})[row["request_id"]] = row["new_order"] or listed[row["request_id"]]
     return found
 
 
 def values_of(orders: Orders, grades: dict[str, dict[str, float]], truth: dict[str, dict[str, float]]) -> dict[str, np.ndarray]:
     """(R,) of each metric, slates in order of their id."""
     read = {owner: [grades[owner][item] for item in order] for owner, order in sorted(orders.items())}
-    known = [[truth[owner][item] for item in order] for owner, order in sorted(orders.items())]
+    truth_RN = np.array([[truth[owner][item] for item in order] for owner, order in sorted(orders.items())])
     return {
         "NDCG of the log": np.array([ndcg(row) for row in read.values()]),
         "AUC of the log": np.array([auc(row) for row in read.values()]),
-        "NDCG of the truth": np.array([_gain(row) / _gain(sorted(row, reverse=True)) for row in known]),
+        "NDCG of the truth": clicks.ndcg(-np.broadcast_to(np.arange(truth_RN.shape[1]), truth_RN.shape), truth_RN),
     }
-
-
-def _gain(relevance: list[float]) -> float:
-    return float(np.dot(relevance, 1 / np.log2(2 + np.arange(len(relevance)))))
 
 
 def main() -> None:
@@ -69,7 +61,7 @@ def main() -> None:
     given = parser.parse_args()
     root = given.work.resolve() / "root"
     settings = [*SETTINGS, f"rl.student.max_steps={given.steps}", f"simulator.users={given.users}"]
-    results: dict[str, Any] = {}
+    results: dict[str, Orders] = {}
     for reward in REWARDS:
         done = given.work.resolve() / f"{reward}.json"
         if not done.exists():
@@ -80,7 +72,7 @@ def main() -> None:
         results |= {("SFT" + name[3:] if name.startswith("sft") else f"RL by {reward}{name[2:]}"): o for name, o in found.items()}
     rows = Lake(root).read("candidates", ["request_id", "candidate_ids", "grades"], split="test").to_pylist()
     grades = {r["request_id"]: dict(zip(r["candidate_ids"], r["grades"], strict=True)) for r in rows}
-    truth = truths(root / "truth")
+    truth = clicks.truths(root / "truth")
     judged = set.intersection(*(set(o) for o in results.values()))
     log = {r["request_id"]: r["candidate_ids"] for r in rows if r["request_id"] in judged}
     base = values_of(log, grades, truth)

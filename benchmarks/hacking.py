@@ -19,6 +19,7 @@ import numpy as np
 
 from benchmarks.stages import gr2
 from gr2.answers import parse
+from gr2.artifacts import resolve
 from schemas.lake import Lake
 from training.rollouts import load
 
@@ -34,16 +35,14 @@ SETTINGS = [
 def steps_of(root: Path) -> list[dict[str, Any]]:
     """What the latest student's answers did, by step."""
     lake = Lake(root)
-    current = json.loads((root / "models" / "rl" / "current.json").read_text())
-    folder = root / "models" / "rl" / current["hash"]
-    curve = {line["step"]: line for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())}
+    student = resolve(root, "rl", "rl")
+    curve = {line["step"]: line for line in map(json.loads, (student.path / "metrics.jsonl").read_text().splitlines())}
     prompts = {
         row["prompt_id"]: row
         for row in lake.read("rl_prompts", ["prompt_id", "incoming", "shown", "mode", "redrawn"], split="rerank").to_pylist()
     }
-    manifest = json.loads((folder / "manifest.json").read_text())
     found = []
-    for path in sorted((root / "work" / "rollouts" / f"rl-{manifest['fingerprint']}").glob("step-*.arrow")):
+    for path in sorted((root / "work" / "rollouts" / f"rl-{student.manifest['fingerprint']}").glob("step-*.arrow")):
         rollouts = load(path)
         orders = [(r, parse(r.text, prompts[r.prompt_id]["incoming"], prompts[r.prompt_id]["mode"]).order) for r in rollouts]
         valid = [(r, order, prompts[r.prompt_id]) for r, order in orders if order is not None]

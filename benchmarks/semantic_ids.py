@@ -71,7 +71,12 @@ def shipped(root: Path, file: Path) -> dict[str, Any]:
     levels = learned_NL.shape[1]
     nowhere = (np.zeros((len(learned_NL), 1), np.float32), np.zeros((levels, 256, 1), np.float32))  # only codes are shipped, no vectors
     codes_NL = separate(learned_NL, *nowhere, Tokenizer(collisions="random", levels=levels), 13)
-    written = {"codes": codes_NL.tolist(), "learned_codes": learned_NL.tolist(), "token_text": [to_text(row) for row in codes_NL.tolist()]}
+    written = {
+        "codes": codes_NL.tolist(),
+        "learned_codes": learned_NL.tolist(),
+        "token_text": [to_text(row) for row in codes_NL.tolist()],
+        "separated": (codes_NL != learned_NL).any(axis=1).tolist(),
+    }
     for name, values in written.items():
         field = table.schema.field(name)
         table = table.set_column(table.schema.get_field_index(name), field, pa.array(values, type=field.type))

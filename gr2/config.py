@@ -243,8 +243,6 @@ class SFT(Section):
     no_target: bool = False  # also what the teacher wrote of lists without their target: nothing proves it, but small models need texts
     dropout: Share = 0.0  # that of mid-training keeps a small model from copying exactly
     drills: int = Field(0, ge=0)  # made-up lists beside the traces (gr2.drills), for models without a base
-    own_vectors: bool = True  # of single items beside their tokens' rows, in the item loss of the student (not with LoRA)
-    refit_from: Literal["midtrain", "start"] = "midtrain"  # the refit goes on from the student, or starts as it started
     window_examples: Positive = 250_000  # examples in memory at once, as in midtrain
 
 

@@ -56,16 +56,12 @@ def run(cfg: Config, ctx: Context) -> Result:
     tokens = sid_tokens(*books.shape[:2])
     tokenizer = vocabulary(cfg, ctx, student, tokens, texts["train"])
     result = Result(rows_in=sum(table.total for table in tables.values()))
-    codes_NL = live_codes(ctx)
-    start = _with_own(cfg, build_model(student, tokenizer, books, cfg.seed), codes_NL)
-    _fit(cfg, ctx, "midtrain", start, tokenizer, texts, "train", cfg.midtrain.student, result)
-    if cfg.midtrain.refit_from == "midtrain":
-        # Read back rather than trained on: the refit starts from what was published, also when that was published by an earlier run.
-        kept = ctx.model("midtrain", STAGE).path
-        start = _with_own(cfg, load(kept, dropout=student.dropout)[0], codes_NL, kept)
-    else:
-        start = _with_own(cfg, build_model(student, tokenizer, books, cfg.seed), codes_NL)
-    _fit(cfg, ctx, "midtrain-refit", start, tokenizer, texts, "refit", cfg.midtrain.refit, result)
+    model = _student(cfg, ctx, tokenizer, books)
+    _fit(cfg, ctx, "midtrain", model, tokenizer, texts, "train", cfg.midtrain.student, result)
+    # Read back rather than trained on: the refit starts from what was published, also when that was published by an earlier run.
+    kept = ctx.model("midtrain", STAGE).path if cfg.midtrain.refit_from == "midtrain" else None
+    model = _student(cfg, ctx, tokenizer, books, kept)
+    _fit(cfg, ctx, "midtrain-refit", model, tokenizer, texts, "refit", cfg.midtrain.refit, result)
     if teacher.base != student.base:
         tokenizer = vocabulary(cfg, ctx, teacher, tokens, texts["train"])
     model = build_model(teacher, tokenizer, books, cfg.seed + 1)
@@ -73,10 +69,12 @@ def run(cfg: Config, ctx: Context) -> Result:
     return result
 
 
-def _with_own(cfg: Config, model: Any, codes_NL: NDArray[np.int64], folder: Path | None = None) -> Any:
-    """The model, with own vectors of the items where the profile wants some: zeros, or those of the model in a folder."""
-    if cfg.midtrain.own_vectors and cfg.midtrain.item_weight and not cfg.midtrain.student.lora:
-        own_vectors.attach(model, codes_NL, folder)
+def _student(cfg: Config, ctx: Context, tokenizer: Any, books: NDArray[np.floating], kept: Path | None = None) -> Any:
+    """The student before a training: as it starts, or a published one; with own vectors of the items where the profile wants some."""
+    size, mix = cfg.models.student, cfg.midtrain
+    model = load(kept, dropout=size.dropout)[0] if kept else build_model(size, tokenizer, books, cfg.seed)
+    if mix.own_vectors and mix.item_weight and not mix.student.lora:
+        own_vectors.attach(model, live_codes(ctx), kept)
     return model
 
 
