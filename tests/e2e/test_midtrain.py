@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 from tiny import put
 
 from gr2 import PROJECT, artifacts
@@ -21,6 +22,7 @@ from gr2.errors import InputError
 from gr2.sids import Trie, to_text
 from scoring.beams import beam_search
 from scoring.model import load, sid_ids
+from scoring.own_vectors import FILE
 from training import midtrain
 from training.codebooks import Codebooks
 from training.data import to_batch
@@ -113,6 +115,24 @@ def test_the_pre_ranker_learns_what_follows(make_ctx: Callable[..., Context]) ->
     assert midtrain.run(ctx.cfg, ctx).detail.keys() == result.detail.keys()
     assert (student.path / "model.safetensors").stat().st_mtime_ns == kept, "it goes on with the model that is missing"
     assert (ctx.root / "models" / "midtrain-teacher" / "current.json").exists()
+
+
+@pytest.mark.parametrize("refit_from", ["midtrain", "start"])
+def test_the_refit_starts_where_it_should_with_the_students_own_vectors(make_ctx: Callable[..., Context], refit_from: str) -> None:
+    few = [f"midtrain.{size}={{max_steps: {steps}, {TRAINING}}}" for size, steps in (("student", 60), ("refit", 1))]
+    ctx = make_ctx([*SMALL, *few, f"midtrain.refit_from={refit_from}"])
+    world(ctx)
+    midtrain.run(ctx.cfg, ctx)
+    student, refit, teacher = (ctx.model(name, "midtrain") for name in ("midtrain", "midtrain-refit", "midtrain-teacher"))
+    first_of = [json.loads((m.path / "metrics.jsonl").read_text().splitlines()[0])["loss"] for m in (student, refit)]
+    learned, started = (load_file(m.path / FILE)["vectors_ND"].norm().item() for m in (student, refit))
+    assert not (teacher.path / FILE).exists(), "the teacher makes no lists"
+    if refit_from == "midtrain":
+        assert first_of[1] < 0.7 * first_of[0]
+        assert started == pytest.approx(learned, rel=0.2), "it goes on with the vectors that the student learned"
+    else:
+        assert first_of[1] == pytest.approx(first_of[0], rel=0.1)
+        assert started < 0.5 * learned, "one step from zero"
 
 
 def test_a_table_larger_than_the_window_is_learned_too(make_ctx: Callable[..., Context]) -> None:
