@@ -68,7 +68,7 @@ def workers(page: int) -> int:
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{page}/json/", timeout=2) as answer:
             return int(json.load(answer)["aliveworkers"])
-    except OSError:
+    except (OSError, ValueError):  # not there yet, or there and not yet with the page as JSON
         return 0
 
 
