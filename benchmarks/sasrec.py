@@ -10,8 +10,8 @@ model that saw only the pretrain split, as the pre-ranker's was.
 With --lists, its best items become the lists of a copy of the root's tables (rerank and valid by the model of the pretrain split), with the
 evidence of each candidate, and LambdaMART puts them in order, as it does the pre-ranker's: what the usual pair of tools gives.
 
-SASRec: Kang and McAuley, 2018 (arXiv 1808.09781); the softmax over all items instead of sampled negatives: Klenitskiy and Vasilev, 2023
-(arXiv 2309.07602). Shapes: B users, T places, N items and the pad 0, D hidden size.
+The model is that of `scoring.sasrec`, which the pre-ranker has in its mixture; here it stands alone, is trained by a loop of its own, and
+its epochs are chosen. Shapes: B users, T places, X places where an item follows, M items and the pad 0.
 """
 
 import argparse
@@ -33,50 +33,20 @@ from torch import Tensor, nn  # noqa: E402
 
 import schemas  # noqa: E402
 from benchmarks.stages import gr2  # noqa: E402
-from gr2.config import Config, load  # noqa: E402
+from gr2.config import Config, Sasrec, load  # noqa: E402
 from gr2.context import Context  # noqa: E402
 from gr2.metrics import paired_bootstrap, values  # noqa: E402
 from schemas.candidates import EXPERIMENT  # noqa: E402
 from schemas.lake import Lake  # noqa: E402
+from scoring.sasrec import SASRec, padded  # noqa: E402
 from spark_jobs.candidates import FIT, REQUEST, SPLITS, row_of  # noqa: E402
 from spark_jobs.features import with_features  # noqa: E402
 from spark_jobs.publish import publish  # noqa: E402
 from spark_jobs.session import frame_of, read  # noqa: E402
 
-PLACES, HIDDEN, LAYERS, HEADS, DROPOUT = 50, 128, 2, 2, 0.4
+SETTINGS = Sasrec()  # two layers of 128, dropout .4, the last fifty items
 METRICS = ("recall@5", "recall@10", "ndcg@5", "ndcg@10")
 LISTED = ("recall@1", "recall@3", "recall@5", "ndcg@3", "ndcg@5")
-
-
-class SASRec(nn.Module):
-    """Causal self-attention over item vectors; an item's score is the product with its vector."""
-
-    def __init__(self, items: int) -> None:
-        super().__init__()
-        self.items = nn.Embedding(items + 1, HIDDEN, padding_idx=0)
-        self.places = nn.Embedding(PLACES, HIDDEN)
-        layer = nn.TransformerEncoderLayer(HIDDEN, HEADS, HIDDEN * 2, DROPOUT, "gelu", batch_first=True, norm_first=True)
-        self.encoder = nn.TransformerEncoder(layer, LAYERS, nn.LayerNorm(HIDDEN), enable_nested_tensor=False)
-        self.dropout = nn.Dropout(DROPOUT)
-        nn.init.normal_(self.items.weight, std=0.02)
-        nn.init.normal_(self.places.weight, std=0.02)
-
-    def forward(self, items_BT: Tensor) -> Tensor:
-        """(B, T, D) states; pads stand on the left."""
-        length = items_BT.shape[1]
-        x_BTD = self.dropout(self.items(items_BT) * HIDDEN**0.5 + self.places.weight[-length:])
-        causal_TT = torch.ones(length, length, dtype=torch.bool).triu(1)
-        own_TT = torch.eye(length, dtype=torch.bool)  # a pad sees itself, or its row would be empty
-        hidden_BTT = causal_TT | ((items_BT == 0)[:, None, :] & ~own_TT)
-        return self.encoder(x_BTD, mask=hidden_BTT.repeat_interleave(HEADS, 0))
-
-
-def padded(sequences: list[list[int]]) -> np.ndarray:
-    """(B, T) the last items of each, pads on the left."""
-    out_BT = np.zeros((len(sequences), PLACES), np.int64)
-    for row, sequence in enumerate(sequences):
-        out_BT[row, PLACES - len(sequence[-PLACES:]) :] = sequence[-PLACES:]
-    return out_BT
 
 
 def epoch(model: SASRec, optimizer: torch.optim.Optimizer, inputs_BT: Tensor, targets_BT: Tensor, batch: int = 128) -> float:
@@ -86,10 +56,8 @@ def epoch(model: SASRec, optimizer: torch.optim.Optimizer, inputs_BT: Tensor, ta
     for rows in torch.randperm(len(inputs_BT)).split(batch):
         learned_BT = targets_BT[rows] > 0
         with torch.autocast("cpu", torch.bfloat16):
-            states_MD = model(inputs_BT[rows])[learned_BT]
-            logits_MN = states_MD @ model.items.weight.T
-        logits_MN[:, 0] = -torch.inf
-        loss = nn.functional.cross_entropy(logits_MN.float(), targets_BT[rows][learned_BT])
+            logits_XM = model.logits(model(inputs_BT[rows])[learned_BT])
+        loss = nn.functional.cross_entropy(logits_XM, targets_BT[rows][learned_BT])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -97,37 +65,33 @@ def epoch(model: SASRec, optimizer: torch.optim.Optimizer, inputs_BT: Tensor, ta
     return float(np.mean(losses))
 
 
-@torch.no_grad()
 def scored(model: SASRec, histories: list[list[int]], batch: int = 256) -> Iterator[Tensor]:
-    """scores_BN of all items after each history, batch by batch; -inf for the pad and the history's own items."""
-    model.eval()
+    """scores_BM of all items after each history, batch by batch; -inf for the pad and the history's own items."""
     for start in range(0, len(histories), batch):
-        part = histories[start : start + batch]
-        with torch.autocast("cpu", torch.bfloat16):
-            states_BD = model(torch.from_numpy(padded(part)))[:, -1]
-        scores_BN = states_BD.float() @ model.items.weight.T
-        scores_BN[:, 0] = -torch.inf
-        for row, items in enumerate(part):
-            scores_BN[row, items] = -torch.inf
-        yield scores_BN
+        scores_BM = model.after(histories[start : start + batch])
+        for row, items in enumerate(histories[start : start + batch]):
+            scores_BM[row, items] = -torch.inf
+        yield scores_BM
 
 
 def ranks(model: SASRec, histories: list[list[int]], targets: list[int]) -> np.ndarray:
     """(R,) rank of each target, which its history lacks, among all items but the user's own."""
     found, at = [], 0
-    for scores_BN in scored(model, histories):
-        own_B = scores_BN[torch.arange(len(scores_BN)), torch.tensor(targets[at : at + len(scores_BN)])]
-        found.append((scores_BN > own_B[:, None]).sum(1) + 1)
-        at += len(scores_BN)
+    for scores_BM in scored(model, histories):
+        own_B = scores_BM[torch.arange(len(scores_BM)), torch.tensor(targets[at : at + len(scores_BM)])]
+        found.append((scores_BM > own_B[:, None]).sum(1) + 1)
+        at += len(scores_BM)
     return torch.cat(found).numpy()
 
 
-def fitted(sequences: list[list[int]], items: int, epochs: int, seed: int, minutes: float, watch: Any = None) -> SASRec:
+def fitted(sequences: list[list[int]], names: list[str], epochs: int, seed: int, minutes: float, watch: Any = None) -> SASRec:
     """A model after so many epochs, or as many as the minutes hold. `watch(model, epoch)` ends it early where it returns True."""
     torch.manual_seed(seed)
-    model = SASRec(items)
+    model = SASRec(names, SETTINGS)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    inputs_BT, targets_BT = torch.from_numpy(padded([s[:-1] for s in sequences])), torch.from_numpy(padded([s[1:] for s in sequences]))
+    inputs_BT, targets_BT = (
+        torch.from_numpy(padded([s[part] for s in sequences], SETTINGS.places)) for part in (slice(-1), slice(1, None))
+    )
     began = time.monotonic()
     for number in range(1, epochs + 1):
         loss = epoch(model, optimizer, inputs_BT, targets_BT)
@@ -171,8 +135,8 @@ class Data:
         found = []
         for split in SPLITS:
             rows = iter(self.requests[split])
-            for scores_BN in scored(models[FIT[split]], self.histories(split)):
-                values_BK, places_BK = scores_BN.topk(cfg.candidates.n)
+            for scores_BM in scored(models[FIT[split]], self.histories(split)):
+                values_BK, places_BK = scores_BM.topk(cfg.candidates.n)
                 for scores, places in zip(values_BK.tolist(), places_BK.tolist(), strict=True):
                     found.append(row_of(cfg, next(rows), FIT[split], "sasrec", [self.names[p] for p in places], scores))
         return found
@@ -180,7 +144,7 @@ class Data:
 
 def chosen_epochs(data: Data, minutes: float, patience: int = 5) -> tuple[int, SASRec]:
     """The number of epochs with the best R@10 on the validation targets, and the model after so many."""
-    best, kept = (0.0, 0), SASRec(len(data.number))
+    best, kept = (0.0, 0), SASRec(list(data.number), SETTINGS)
 
     def watch(model: SASRec, number: int) -> bool:
         nonlocal best
@@ -191,7 +155,7 @@ def chosen_epochs(data: Data, minutes: float, patience: int = 5) -> tuple[int, S
             kept.load_state_dict(model.state_dict())
         return number - best[1] >= patience
 
-    fitted(data.sequences("train"), len(data.number), 200, 13, minutes, watch)
+    fitted(data.sequences("train"), list(data.number), 200, 13, minutes, watch)
     return best[1], kept
 
 
@@ -237,7 +201,7 @@ def main() -> None:
     epochs, early = chosen_epochs(data, given.minutes)
     rows = data.requests["test"]
     own = np.array([r["full_rank"] or 0 for r in rows], np.float64)
-    models = [fitted(data.sequences("refit"), len(data.number), epochs, seed, given.minutes) for seed in given.seeds]
+    models = [fitted(data.sequences("refit"), list(data.number), epochs, seed, given.minutes) for seed in given.seeds]
     theirs = [data.ranks(model, "test") for model in models]
     print(
         f"\n{epochs} epochs, seeds {given.seeds}\n\n| slice | metric | SASRec | pre-ranker | difference |\n| --- | --- | --- | --- | --- |"

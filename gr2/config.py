@@ -176,6 +176,19 @@ class Midtrain(Section):
     held_out: Positive = 512  # users whose items in the rerank split, which fit `train` does not hold, give the held-out loss
 
 
+class Sasrec(Section):
+    """A model of whole items in the pre-ranker's mixture (`scoring/sasrec.py`)."""
+
+    share: float = Field(0.5, ge=0, lt=1)  # of what the network has beside the counts; 0: no such model (catalogues beyond a softmax)
+    places: Positive = 50  # latest items that it reads
+    hidden: Positive = 128
+    layers: Positive = 2
+    heads: Positive = 2
+    dropout: Share = 0.4
+    keep: Positive = 256  # items of a request that have a probability; the rest has none
+    train: Training = Training(epochs=9, lr=1e-3, tokens_per_batch=6528, schedule="constant", warmup=0.0, weight_decay=0.0)  # 128 users
+
+
 class Candidates(Section):
     """Pre-ranking: exact constrained beams of the mid-trained model, or the lists of an impression log."""
 
@@ -383,6 +396,7 @@ class Config(Section):
     tokenizer: Tokenizer = Tokenizer()
     models: Models = Models()
     midtrain: Midtrain = Midtrain()
+    sasrec: Sasrec = Sasrec()
     candidates: Candidates = Candidates()
     prompt: Prompt = Prompt()
     traces: Traces = Traces()

@@ -88,13 +88,14 @@ STAGES = (
         ("tokenizer",),
         ("midtrain", "midtrain-refit", "midtrain-teacher"),
     ),
+    Stage("sasrec", "training.sasrec", ("sasrec",), ("interactions",), (), (), ("sasrec", "sasrec-refit")),
     Stage(
         "candidates",
         "spark_jobs.candidates",
-        ("candidates", "data"),
+        ("candidates", "sasrec", "data"),
         ("interactions", "histories", "impressions", "semantic_ids", "pair_days", "item_pairs", "item_stats", "items", "item_embeddings"),
         ("candidates", "candidate_features"),
-        ("midtrain", "midtrain-refit"),
+        ("midtrain", "midtrain-refit", "sasrec", "sasrec-refit"),
         flows=BOTH,
     ),
     Stage(
@@ -247,7 +248,8 @@ def up_to_date(stage: Stage, ctx: Context, print_: str) -> bool:
     """Whether the last good run of this stage had the same fingerprint and what it made is still there."""
     record = read_record(ctx, stage.name)
     tables = all(ctx.lake.exists(t) for t in stage.writes if t != "quarantine")
-    return bool(record) and record["fingerprint"] == print_ and tables and all(_current(ctx, m) for m in stage.makes)
+    models = all(_current(ctx, m) for m in record.get("models", stage.makes))  # those of a stage that is turned off were never there
+    return bool(record) and record["fingerprint"] == print_ and tables and models
 
 
 def processes(stage: Stage, cfg: Config) -> int:
@@ -275,6 +277,7 @@ def execute(stage: Stage, cfg: Config, ctx: Context, print_: str) -> Result:
             "fingerprint": print_,
             "seconds": time.monotonic() - started,
             "peak_mib": _peak_mib(),
+            "models": [m for m in stage.makes if _current(ctx, m)],
             **result_json(result),
         },
     )

@@ -2,8 +2,9 @@
 
 Without --date those of an experiment, with targets (logged slates: `logged_lists.py`); with --date those of a night (`night_lists.py`).
 
-Reads    `interactions`, `semantic_ids`, `item_pairs`, the models `midtrain` (requests of rerank and valid) and `midtrain-refit`
-         (test); with candidates.source = log `interactions` and `impressions` instead. Then evidence and items, for the features.
+Reads    `interactions`, `semantic_ids`, `item_pairs`, the models `midtrain` and `sasrec` (requests of rerank and valid), `midtrain-refit`
+         and `sasrec-refit` (test); with candidates.source = log `interactions` and `impressions` instead. Then evidence and items, for the
+         features.
 Writes   `candidates`: one request; key request_id. `candidate_features`: one candidate of a request; key request_id, item_id.
 Rerun    requests are drawn by hash, beams are exact, the experiment's partitions are replaced: equal inputs give equal content.
 
@@ -43,6 +44,7 @@ from spark_jobs.session import frame_of, read
 SPLITS = ("rerank", "valid", "test")
 FIT = {"rerank": "train", "valid": "train", "test": "refit"}
 MODEL = {"train": "midtrain", "refit": "midtrain-refit"}
+SASREC = {"train": "sasrec", "refit": "sasrec-refit", "live": "sasrec-refit"}
 PAIR = ("item_id", "next_item_id", "count")
 REQUEST = ("request_id", "split", "user_id", "as_of", "history_ids", "history_days", "target_id", "slice", "seen_ids")
 
@@ -146,7 +148,7 @@ def ranked(
     cfg: Config, ctx: Context, rows: list[dict[str, Any]], fit: str, artifact: Artifact, pairs: pa.Table
 ) -> Iterator[dict[str, Any]]:
     """One row of `candidates` for each request, by the pre-ranker `artifact` and what `pairs` (columns PAIR) say followed what."""
-    from scoring.beams import Mixture, beam_search, judged
+    from scoring.beams import beam_search, judged
     from scoring.model import item_tokens, load, sid_ids
     from scoring.own_vectors import attach, item_vectors, own_vectors
     from training.midtrain import start_id
@@ -163,7 +165,7 @@ def ranked(
     items_ND, known_N = item_vectors(model, tokens_NL).detach(), own.known_N if own else None
     prompts = Prompts(start_id(tokenizer), tokens_NL, place_of, cfg.midtrain.history_items)
     chosen = cfg.candidates
-    followers = _followers(cfg, pairs, place_of) if chosen.pair_share else None
+    others = _others(cfg, ctx, fit, pairs, place_of)
     rows = sorted(rows, key=lambda row: (len(row["history_ids"]), row["request_id"]))
     size = chosen.batch
     chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
@@ -171,11 +173,31 @@ def ranked(
         exclude = [sorted({place_of[i] for i in row["seen_ids"] if i in place_of} | hidden(row["as_of"])) for row in chunk]
         texts = [prompts.of(row["history_ids"]) for row in chunk]
         known = [[place_of[i] for i in row["history_ids"] if i in place_of] for row in chunk]
-        mixture = Mixture(chosen.pair_share, followers.after(known, exclude)) if followers else None
+        mixture = mixed(others, known, exclude)
         found = beam_search(model, ids_LK, trie, texts, chosen.beam, exclude, mixture, pad=tokenizer.pad_token_id, batch=size)
         found = judged(found, items_ND, chosen.item_weight, mixture, known_N)
         for row, places, scores in zip(chunk, found.items_BW, found.logprobs_BW, strict=True):
             yield row_of(cfg, row, fit, artifact.id, [ids[p] for p in places if p >= 0], scores)
+
+
+def _others(cfg: Config, ctx: Context, fit: str, pairs: pa.Table, place_of: dict[str, int]) -> list[tuple[float, Any]]:
+    """What is mixed with the network: counts and a model of whole items, as profiles ask, each with its share of the whole."""
+    from scoring.sasrec import NextItem, load
+
+    counts = cfg.candidates.pair_share
+    found: list[tuple[float, Any]] = [(counts, _followers(cfg, pairs, place_of))] if counts else []
+    if cfg.sasrec.share:
+        model = load(ctx.model(SASREC[fit], "sasrec").path)
+        found.append(((1 - counts) * cfg.sasrec.share, NextItem(model, place_of, cfg.sasrec.keep)))
+    return found
+
+
+def mixed(others: list[tuple[float, Any]], known: list[list[int]], exclude: list[list[int]]) -> Any:
+    """The sparse rows of all of them as one `scoring.beams.Mixture`, each by its share; None where there is nothing to mix in."""
+    from scoring.beams import Mixture
+
+    total = sum(share for share, _ in others)
+    return Mixture(total, sum(share / total * other.after(known, exclude) for share, other in others).tocsr()) if others else None
 
 
 def _followers(cfg: Config, pairs: pa.Table, place_of: dict[str, int]) -> Any:

@@ -1,7 +1,7 @@
 """The lists of a night: what the users who did something that day would be shown next (stage `candidates` with --date).
 
 Reads    `histories` as of the day, `semantic_ids`, `interactions` and `pair_days` up to the day, `items`, `item_embeddings`, and the
-         pre-ranker of the promoted release (before the first release the latest `midtrain-refit`).
+         pre-ranker of the promoted release (before the first release the latest `midtrain-refit` and `sasrec-refit`).
 Writes   the night's partition of `candidates` and `candidate_features`: split `live`, no target, no label.
 Rerun    equal, in whichever order nights are made: what arrives late makes the lists of the nights since then again, where it changes them.
          A list that another history gave has another request_id, and is scored anew; one whose evidence alone moved keeps its score.
@@ -24,7 +24,7 @@ from gr2.config import Config
 from gr2.context import Context, Result
 from gr2.pipeline import read_record, write_record
 from spark_jobs import evidence
-from spark_jobs.candidates import PAIR, ranked
+from spark_jobs.candidates import PAIR, SASREC, ranked
 from spark_jobs.features import with_features
 from spark_jobs.publish import publish, rows_hash
 from spark_jobs.session import frame_of, read
@@ -37,7 +37,8 @@ def build(cfg: Config, ctx: Context, night: dt.date) -> Result:
     """Publishes the night's lists and their evidence. Raises MissingInputError where a table or the pre-ranker is not there."""
     model = ctx.model(PRERANKER, "midtrain")
     there = set(ctx.lake.read("candidates", ["night"], split="live")["night"].to_pylist()) if ctx.lake.exists("candidates") else set()
-    known = made_from(ctx, sorted({night, *map(dt.date.fromisoformat, there)}), model.id)
+    models = [model.id, *([ctx.model(SASREC["live"], "sasrec").id] if cfg.sasrec.share else [])]
+    known = made_from(ctx, sorted({night, *map(dt.date.fromisoformat, there)}), "+".join(models))
     due = [n for n, print_ in known.items() if n == night or read_record(Context(cfg, n), RECORD).get("made_from") != print_]
     counts = {}
     for each in due:

@@ -39,10 +39,12 @@ def fit(
     loss_fn: LossFn,
     inputs: dict[str, Any],
     *,
+    write: Callable[[Any, Path], None] | None = None,
     notes: dict[str, Any] | None = None,
     validate: Callable[[Any], dict[str, float]] | None = None,
 ) -> Summary:
-    """Trains with the shared loop and publishes the model `name` of a stage. `notes`: more for the manifest.
+    """Trains with the shared loop and publishes the model `name` of a stage. `notes`: more for the manifest. `write`: how a model that is
+    no language model becomes files.
 
     A model that was published from the very same inputs, settings and code is kept, so a stage that was killed between two of its models
     goes on with the second; `model` is then left as it came.
@@ -69,7 +71,7 @@ def fit(
         manifest |= {"steps": summary.steps, "tokens": summary.tokens, "seconds": round(summary.seconds, 1), **(notes or {})}
         manifest["loss"] = round(summary.last_loss, 4)
         if rank() == 0:
-            save(model, tokenizer, folder)
+            write(model, folder) if write else save(model, tokenizer, folder)
     rate = summary.tokens / max(summary.seconds, 1e-9)
     ctx.log(
         f"{name}: loss {summary.last_loss:.4f}, {summary.steps} steps, {summary.tokens:,} tokens in {summary.seconds:.0f} s ({rate:,.0f}/s)"

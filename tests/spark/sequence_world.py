@@ -7,13 +7,15 @@ import datetime as dt
 from typing import Any
 
 import numpy as np
+import torch
 from rerank_world import put
 
 from gr2 import artifacts
-from gr2.config import Model
+from gr2.config import Model, Sasrec
 from gr2.context import Context
 from gr2.prompts import load_template, vocabulary_texts
 from gr2.sids import sid_tokens, to_text
+from scoring import sasrec
 from scoring.model import build_model, build_vocabulary, save
 from training.codebooks import Codebooks
 
@@ -99,3 +101,13 @@ def model_named(ctx: Context, *names: str, seed: int = 3) -> None:
     for place, name in enumerate(names):
         with artifacts.publish_folder(ctx.root, name, {}) as folder:
             save(build_model(SIZE, tokenizer, None, seed + place), tokenizer, folder)
+
+
+def sasrec_named(ctx: Context, *names: str, seed: int = 5) -> None:
+    """Publishes an untrained model of whole items, a different one under each name."""
+    for place, name in enumerate(names):
+        torch.manual_seed(seed + place)
+        model = sasrec.SASRec([f"i{k}" for k in reversed(range(ITEMS))], Sasrec(hidden=16, layers=1))
+        torch.nn.init.normal_(model.items.weight, std=0.3)
+        with artifacts.publish_folder(ctx.root, name, {}) as folder:
+            sasrec.save(model, folder)

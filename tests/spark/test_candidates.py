@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 from rerank_world import pair_rows, put, stats_rows, vector_rows
-from sequence_world import ITEMS, START, catalogue, codes_of, interaction_rows, model_named, walks
+from sequence_world import ITEMS, START, catalogue, codes_of, interaction_rows, model_named, sasrec_named, walks
 
 from gr2.clicks import examination, inverse_weights
 from gr2.context import Context
 from gr2.errors import ConfigError, InputError
+from scoring import sasrec
 from scoring.model import load, sid_ids
 from spark_jobs import candidates
 from spark_jobs.candidates import requests, sampled
@@ -85,11 +86,13 @@ def world(ctx: Context, windows: tuple[int, int, int] | None) -> list[dict[str, 
         put(ctx, "item_pairs", pair_rows(rng, ITEMS, fit), {"fit": fit})
         put(ctx, "item_stats", stats_rows(rng, ITEMS, fit), {"fit": fit})
     model_named(ctx, "midtrain", "midtrain-refit")
+    sasrec_named(ctx, "sasrec", "sasrec-refit")
     return rows
 
 
-def scores_of_all(ctx: Context, name: str, row: dict[str, Any]) -> np.ndarray:
-    """log of the mixture of every item after a history: the network one by one, by whole forward passes; counts in plain loops."""
+def scores_of_all(ctx: Context, name: str, row: dict[str, Any], banned: set[str]) -> np.ndarray:
+    """log of the mixture of every item that may be listed: the language model one by one, by whole forward passes; counts in plain loops;
+    SASRec by its softmax over what may be listed."""
     history = row["history_ids"]
     model, tokenizer = load(ctx.model(name, "midtrain").path)
     ids_LK = sid_ids(tokenizer)
@@ -106,7 +109,13 @@ def scores_of_all(ctx: Context, name: str, row: dict[str, Any]) -> np.ndarray:
         items_ND = torch.stack([sum(table[ids_LK[level, c]] for level, c in enumerate(codes_of(item))) for item in range(ITEMS)])
         whole_N = torch.log_softmax(items_ND @ state_D, dim=-1).numpy()
     network_N = np.exp((np.array(found) + whole_N) / 2)
-    return np.log(0.6 * network_N + 0.4 * counted(ctx, row["fit"], history))
+    items = sasrec.load(ctx.model(name.replace("midtrain", "sasrec"), "sasrec").path)
+    number = {item: place for place, item in enumerate(items.names, 1)}
+    listed = [i for i in range(ITEMS) if f"i{i}" not in banned]
+    logits_M = items.after([[number[i] for i in history]])[0]
+    items_N = np.zeros(ITEMS)
+    items_N[listed] = logits_M[[number[f"i{i}"] for i in listed]].softmax(0).numpy()
+    return np.log(0.6 * (0.5 * network_N + 0.5 * items_N) + 0.4 * counted(ctx, row["fit"], history))
 
 
 def counted(ctx: Context, fit: str, history: list[str]) -> np.ndarray:
@@ -145,7 +154,8 @@ def test_beams_rank_every_live_item_but_the_history(make_ctx: Callable[..., Cont
         assert row["target_rank"] == (row["full_rank"] if row["full_rank"] and row["full_rank"] <= 5 else None)
     for row in table[:: len(table) // 4]:
         name = "midtrain-refit" if row["split"] == "test" else "midtrain"
-        scores = scores_of_all(ctx, name, row)
+        unborn = {f"i{k}" for k in range(ITEMS) if START + dt.timedelta(days=k) > row["as_of"]}
+        scores = scores_of_all(ctx, name, row, wanted[row["request_id"]]["seen_ids"] | unborn)
         assert np.allclose([scores[int(i[1:])] for i in row["candidate_ids"]], row["prior_scores"], atol=0.1)
     features = ctx.lake.read("candidate_features", order_by=["request_id", "incoming_rank"]).to_pylist()
     assert [(f["request_id"], f["item_id"]) for f in features] == [(r["request_id"], i) for r in table for i in r["candidate_ids"]]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from event_world import day_events
 from rerank_world import put, vector_rows
-from sequence_world import ITEMS, START, catalogue, model_named
+from sequence_world import ITEMS, START, catalogue, model_named, sasrec_named
 
 from gr2.config import load
 from gr2.context import Context
@@ -31,6 +31,7 @@ def world(ctx: Context) -> None:
     catalogue(ctx)
     put(ctx, "item_embeddings", vector_rows(np.random.default_rng(4), ITEMS))
     model_named(ctx, "midtrain-refit")
+    sasrec_named(ctx, "sasrec-refit")
 
 
 def run_night(root: Any, day: int, came: list[tuple[str, int, int]]) -> Context:
