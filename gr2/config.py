@@ -313,7 +313,7 @@ class Distill(Section):
 
     train: Training = Training(epochs=2, lr=5e-4)
     source: Name = "rl"  # a model, or evidence: the program that teaches the traces, where it is the best there is
-    start: Literal["sft", "rl"] = "sft"
+    start: Literal["midtrain", "sft", "rl"] = "sft"
     dropout: Share = 0.0
     replicas: Positive = 2
     thoughts: Positive = 1  # drawn for a prompt, and averaged; several at temperature 0 are one

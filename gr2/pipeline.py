@@ -141,9 +141,9 @@ STAGES = (
         ("distill", "prompt", "scoring"),
         ("candidates", "candidate_features", "items", "semantic_ids"),
         ("distill_examples",),
-        ("sft", "rl"),
+        ("midtrain", "sft", "rl"),
     ),
-    Stage("distill", "training.distill", ("distill", "models"), ("distill_examples",), (), ("sft", "rl"), ("fast",)),
+    Stage("distill", "training.distill", ("distill", "models"), ("distill_examples",), (), ("midtrain", "sft", "rl"), ("fast",)),
     Stage(
         "rerank_scores",
         "spark_jobs.rerank_scores",
