@@ -33,9 +33,10 @@ from torch import Tensor, nn  # noqa: E402
 
 import schemas  # noqa: E402
 from benchmarks.stages import gr2  # noqa: E402
-from gr2.config import Config, Sasrec, load  # noqa: E402
+from gr2.config import Config, load  # noqa: E402
 from gr2.context import Context  # noqa: E402
 from gr2.metrics import paired_bootstrap, values  # noqa: E402
+from gr2.sections import Sasrec  # noqa: E402
 from schemas.candidates import EXPERIMENT  # noqa: E402
 from schemas.lake import Lake  # noqa: E402
 from scoring.sasrec import SASRec, padded  # noqa: E402

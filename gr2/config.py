@@ -19,7 +19,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from gr2 import PROJECT
 from gr2.errors import ConfigError
-from gr2.sections import Name, Positive, Section, Share, Training
+from gr2.sections import Name, Positive, Sasrec, Section, Share, Training
 
 Modes = tuple[Literal["think", "direct", "score"], ...]
 Baseline = Literal["random", "popularity", "transition", "lambdamart", "program", "oracle"]
@@ -174,19 +174,6 @@ class Midtrain(Section):
     refit_from: Literal["midtrain", "start"] = "midtrain"  # the refit goes on from the student, or starts as it started
     window_examples: Positive = 250_000  # texts in memory at once, over all processes; a table of more is read in windows of a drawn order
     held_out: Positive = 512  # users whose items in the rerank split, which fit `train` does not hold, give the held-out loss
-
-
-class Sasrec(Section):
-    """A model of whole items in the pre-ranker's mixture (`scoring/sasrec.py`)."""
-
-    share: float = Field(0.5, ge=0, lt=1)  # of what the network has beside the counts; 0: no such model (catalogues beyond a softmax)
-    places: Positive = 50  # latest items that it reads
-    hidden: Positive = 128
-    layers: Positive = 2
-    heads: Positive = 2
-    dropout: Share = 0.4
-    keep: Positive = 256  # items of a request that have a probability; the rest has none
-    train: Training = Training(epochs=9, lr=1e-3, tokens_per_batch=6528, schedule="constant", warmup=0.0, weight_decay=0.0)  # 128 users
 
 
 class Candidates(Section):

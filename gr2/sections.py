@@ -49,3 +49,16 @@ class Training(Section):
         """These settings without how they are run, which changes a result by rounding alone: checkpoints go on at other ZeRO stages."""
         how = ("checkpoint_every", "zero_stage", "processes", "deepspeed")
         return self.model_copy(update={name: Training.model_fields[name].default for name in how})
+
+
+class Sasrec(Section):
+    """A model of whole items in the pre-ranker's mixture (`scoring/sasrec.py`)."""
+
+    share: float = Field(0.5, ge=0, lt=1)  # of what the network has beside the counts; 0: no such model (catalogues beyond a softmax)
+    places: Positive = 50  # latest items that it reads
+    hidden: Positive = 128
+    layers: Positive = 2
+    heads: Positive = 2
+    dropout: Share = 0.4
+    keep: Positive = 256  # items of a request that have a probability; the rest has none
+    train: Training = Training(epochs=9, lr=1e-3, tokens_per_batch=6528, schedule="constant", warmup=0.0, weight_decay=0.0)  # 128 users

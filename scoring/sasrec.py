@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gr2.config import Sasrec
+from gr2.sections import Sasrec
 
 CONFIG, WEIGHTS = "sasrec.json", "sasrec.safetensors"
 

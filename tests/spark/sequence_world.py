@@ -11,9 +11,10 @@ import torch
 from rerank_world import put
 
 from gr2 import artifacts
-from gr2.config import Model, Sasrec
+from gr2.config import Model
 from gr2.context import Context
 from gr2.prompts import load_template, vocabulary_texts
+from gr2.sections import Sasrec
 from gr2.sids import sid_tokens, to_text
 from scoring import sasrec
 from scoring.model import build_model, build_vocabulary, save

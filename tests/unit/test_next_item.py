@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from gr2.config import Sasrec
+from gr2.sections import Sasrec
 from scoring.sasrec import NextItem, SASRec, load, padded, save
 from training.data import to_batch
 from training.sasrec import next_item_loss, rows_of
