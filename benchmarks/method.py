@@ -1,10 +1,12 @@
-"""The method's own questions on a finished run: one switch at a time, everything behind it trained and scored again.
+"""The method's own questions: one switch at a time on one data set, from the same small retriever's lists.
 
     python -m benchmarks.method --root var/beauty --work FOLDER [--profile beauty] [--only "RL without SFT" ...]
 
-Each variant works on a copy of the root, runs from the first stage that its switch touches to the evaluation, and keeps the figures of the
-models that answer its question. What is finished is not run again; the table of all that is finished is printed each time: users whose
-target is in the list, and the difference to the run as it is (RL, thinks), paired over users, with its 95 % bootstrap interval.
+The root has come as far as `candidates`. On a copy of it the reference is built: traces, SFT of 2,000 steps, RL of 40, on-policy
+distillation. Its teacher is the reference's own student after RL, which has had all traces, unless the question is the teacher. Each
+variant is a copy of the reference in which the stages run again that its switch touches; kept are the figures of the models that answer its
+question. What is finished is not run again; the table of all that is finished is printed each time: users whose target is in the list, the
+tokens of an answer, and the difference to the reference (RL, thinks), paired over users, with its 95 % bootstrap interval.
 """
 
 import argparse
@@ -18,75 +20,117 @@ import numpy as np
 
 from benchmarks.ranking import SHOWN, Run
 from benchmarks.stages import gr2, told
+from gr2.artifacts import resolve
+from schemas.lake import Lake
 
-REFERENCE = "as it is"
+REFERENCE = "reference"
+BASE = (
+    "sft.student.max_steps=2000", "rl.student.max_steps=40", "opd.train.max_steps=20", "opd.train.tokens_per_batch=8192",
+    "sft.teacher.max_steps=2", "rl.teacher.max_steps=1", "traces.no_target_requests=4000",
+    "scoring.models={sft: [think, direct, score], rl: [think, direct, score], opd: [think], opd+rl: [think], fast: [score]}",
+    "scoring.shuffles=1", "scoring.miss_sample=0", "scoring.audit_requests=1", "evaluation.baselines=[lambdamart]",
+)  # fmt: skip
+LEFT_OUT = ("tmp", "staging", "lock", "logs", "reports")
 
 
 @dataclass(frozen=True)
 class Variant:
-    """Settings, the first stage they touch, and which systems (model, mode) answer the question."""
+    """Settings, the stages that run again (then those models are scored), and which systems (model, mode) answer the question."""
 
-    first: str
-    settings: tuple[str, ...]
+    stages: tuple[str, ...]
+    settings: tuple[str, ...] = ()
     systems: tuple[tuple[str, str], ...] = (("sft", "think"), ("rl", "think"))
 
 
 MODES = tuple((model, mode) for model in ("sft", "rl") for mode in ("think", "direct", "score"))
 ON_POLICY = (("sft", "think"), ("opd", "think"), ("opd+rl", "think"))
+TAUGHT = ("sft_examples", "sft")
+LARGER = "models.teacher={hidden: 320, layers: 6, heads: 10, kv_heads: 10, mlp: 896, dropout: 0.2}"
 VARIANTS: dict[str, Variant] = {
-    REFERENCE: Variant("rerank_scores", (), (*MODES, ("opd", "think"), ("opd+rl", "think"), ("fast", "score"))),
-    "RL without SFT": Variant("rl", ("rl.start=midtrain",), (("rl", "think"),)),
-    "targeted traces": Variant("sft_examples", ("sft.traces=targeted",)),
-    "1,000 traces": Variant("sft_examples", ("sft.max_traces=1000", "sft.drills=0"), ON_POLICY),
-    "4,000 traces": Variant("sft_examples", ("sft.max_traces=4000", "sft.drills=0"), ON_POLICY),
+    REFERENCE: Variant((), (), (*MODES, *ON_POLICY[1:])),
+    "RL without SFT": Variant(("rl",), ("rl.start=midtrain",), (("rl", "think"),)),
+    "targeted traces": Variant((*TAUGHT, "rl"), ("sft.traces=targeted",)),
+    "1,000 traces": Variant((*TAUGHT, "opd"), ("sft.max_traces=1000", "sft.drills=0"), ON_POLICY),
+    "4,000 traces": Variant((*TAUGHT, "opd"), ("sft.max_traces=4000", "sft.drills=0"), ON_POLICY),
     "16,000 traces": Variant(
-        "reasoning_traces", ("traces.accepted_per_request=10", "traces.max_attempts=40", "sft.max_traces=16000", "sft.drills=0"), ON_POLICY
+        ("reasoning_traces", *TAUGHT, "opd"),
+        ("traces.accepted_per_request=10", "traces.max_attempts=40", "sft.max_traces=16000", "sft.drills=0"),
+        ON_POLICY,
     ),
-    "reward gr2": Variant("rl", ("rl.reward=gr2",), (("rl", "think"),)),
-    "unconditional reward": Variant("rl", ("rl.conditional=false",), (("rl", "think"),)),
-    "no evidence lines": Variant("reasoning_traces", ("prompt.evidence=false",), (("sft", "think"), ("rl", "think"), ("rl", "score"))),
-    "lists without target taught": Variant(
-        "reasoning_traces",
-        ("traces.no_target_requests=10000", "sft.no_target=true", "sft.student.max_steps=5200"),
-        (("sft", "think"), ("sft", "score"), ("rl", "think"), ("rl", "score")),
+    "reward gr2": Variant(("rl",), ("rl.reward=gr2",), (("rl", "think"),)),
+    "unconditional reward": Variant(("rl",), ("rl.conditional=false",), (("rl", "think"),)),
+    "no evidence lines": Variant(("reasoning_traces", *TAUGHT, "rl_prompts", "rl"), ("prompt.evidence=false",), MODES),
+    "larger teacher": Variant(
+        ("midtrain", "sft", "rl", "opd"),
+        (LARGER, "midtrain.teacher.max_steps=1100", "midtrain.teacher.lr=0.002", "sft.teacher.max_steps=2000", "rl.teacher.max_steps=40"),
+        (("rl-teacher", "think"), *ON_POLICY[1:]),
     ),
     "thoughts distilled": Variant(
-        "distill_examples",
-        (
-            "distill.source=rl",
-            "distill.start=sft",
-            "distill.thoughts=4",
-            "distill.temperature=0.8",
-            "distill.replicas=1",
-            "distill.max_requests=8000",
-        ),
+        ("distill_examples", "distill"),
+        ("distill.source=rl", "distill.start=sft", "distill.thoughts=4", "distill.temperature=0.8", "distill.replicas=1",
+         "distill.max_requests=4000"),
         (("fast", "score"),),
     ),
-    "20 candidates": Variant("candidates", ("candidates.n=20", "prompt.max_prompt_tokens=480", "sft.student.row_tokens=560")),
-}
-SCORED = "scoring.models={sft: [think, direct, score], rl: [think, direct, score], opd: [think], opd+rl: [think], fast: [score]}"
+}  # fmt: skip
 
 
-def run(root: Path, work: Path, profile: str, name: str, variant: Variant) -> dict[str, Any]:
+def copied(root: Path, folder: Path) -> None:
+    """A root's tables, models and records."""
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(root, folder, ignore=shutil.ignore_patterns(*LEFT_OUT))
+
+
+def reference(root: Path, folder: Path, profile: str) -> None:
+    """Builds the reference, unless it is there. What is left of a killed build goes on."""
+    if (folder / "ready").exists():
+        return
+    if not folder.exists():
+        copied(root, folder)
+    gr2(profile, folder, ["run", "--from", "reasoning_traces", "--to", "rl"], BASE)
+    pointer = {"hash": resolve(folder, "rl", "rl").hash}
+    shutil.copytree(folder / "models" / "rl", folder / "models" / "rl-teacher", dirs_exist_ok=True)
+    (folder / "models" / "rl-teacher" / "current.json").write_text(json.dumps(pointer))
+    gr2(profile, folder, ["stage", "opd"], BASE)
+    (folder / "ready").touch()
+
+
+def run(base: Path, work: Path, profile: str, name: str, variant: Variant) -> dict[str, Any]:
     """Runs a variant, or reads what an earlier call came to."""
     folder = work / "".join(c if c.isalnum() else "-" for c in name)
     done = work / f"{folder.name}.json"
     if done.exists():
         return dict(json.loads(done.read_text()))
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(root, folder, ignore=shutil.ignore_patterns("tmp", "staging", "lock", "logs", "reports"))
-    words = ["run", "--from", variant.first, "--to", "evaluation"]
-    gr2(profile, folder, words, [SCORED, *variant.settings])
-    values = Run(profile, folder).values
-    found = {"/".join((*system, metric)): values.get((*system, metric), {}) for system in variant.systems for metric in SHOWN}
+    copied(base, folder)
+    asked: dict[str, list[str]] = {}
+    for model, mode in variant.systems:
+        asked.setdefault(model, []).append(mode)
+    modes = ", ".join(f"{model}: [{', '.join(each)}]" for model, each in asked.items())
+    settings = [*BASE, *variant.settings, f"scoring.models={{{modes}}}"]
+    for stage in (*variant.stages, "rerank_scores", "baselines", "evaluation"):
+        gr2(profile, folder, ["stage", stage], settings)
+    values, tokens = Run(profile, folder).values, answer_tokens(folder)
+    found: dict[str, Any] = {"/".join((*s, metric)): values.get((*s, metric), {}) for s in variant.systems for metric in SHOWN}
+    found |= {"/".join((*s, "tokens")): tokens.get(s, float("nan")) for s in variant.systems}
     done.write_text(json.dumps(found))
     shutil.rmtree(folder)
     return found
 
 
+def answer_tokens(root: Path) -> dict[tuple[str, str], float]:
+    """(model, mode) -> mean tokens that the current version of a model writes for one list."""
+    rows = Lake(root).read("rerank_scores", ["model_id", "mode", "completion_tokens"], split="test", replica=0).to_pylist()
+    found: dict[tuple[str, str], list[int]] = {}
+    for row in rows:
+        name, _, digest = row["model_id"].partition("@")
+        if resolve(root, name, name).hash == digest:
+            found.setdefault((name, row["mode"]), []).append(row["completion_tokens"])
+    return {system: float(np.mean(each)) for system, each in found.items()}
+
+
 def show(results: dict[str, dict[str, Any]]) -> None:
     """The table."""
-    print("\n| variant | order | users | R@1 | R@3 | N@3 | N@3 over RL, thinks, as it is |\n| --- | --- | --- | --- | --- | --- | --- |")
+    columns = ("variant", "order", "users", "R@1", "R@3", "N@3", "N@3 over the reference (RL, thinks)", "tokens")
+    print("\n| " + " | ".join(columns) + " |\n|" + " --- |" * len(columns))
     base = results[REFERENCE]["rl/think/ndcg@3"]
     for name, found in results.items():
         for system in dict.fromkeys(key.rsplit("/", 1)[0] for key in found):
@@ -94,7 +138,8 @@ def show(results: dict[str, dict[str, Any]]) -> None:
             shared = sorted(own.keys() & base.keys())
             means = [float(np.mean(list(found[f"{system}/{m}"].values()) or [0.0])) for m in SHOWN]
             over = told([own[u] - base[u] for u in shared], signed=True)
-            print(f"| {name} | {system} | {len(own):,} | " + " | ".join(f"{v:.4f}" for v in means) + f" | {over} |", flush=True)
+            figures = " | ".join(f"{v:.4f}" for v in means)
+            print(f"| {name} | {system} | {len(own):,} | {figures} | {over} | {found[f'{system}/tokens']:.0f} |", flush=True)
 
 
 def main() -> None:
@@ -103,12 +148,14 @@ def main() -> None:
     parser.add_argument("--root", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--profile", default="beauty")
-    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), help="names of variants; the run as it is always comes first")
+    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), help="names of variants; the reference always comes first")
     given = parser.parse_args()
-    given.work.mkdir(parents=True, exist_ok=True)
+    work = given.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    reference(given.root.resolve(), work / "base", given.profile)
     results = {}
     for name in [REFERENCE, *(n for n in given.only or VARIANTS if n != REFERENCE)]:
-        results[name] = run(given.root.resolve(), given.work.resolve(), given.profile, name, VARIANTS[name])
+        results[name] = run(work / "base", work, given.profile, name, VARIANTS[name])
         show(results)
 
 

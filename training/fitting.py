@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from gr2 import artifacts, pipeline
-from gr2.config import Config, Section, Training
+from gr2.config import Config, Model, Section, Training
 from gr2.context import Context
 from gr2.errors import MissingInputError
 from scoring.model import save
@@ -95,7 +95,7 @@ def manifest_of(cfg: Config, stage: str, name: str, settings: Training, inputs: 
 
     A checkpoint, or a published model, of another fingerprint is not taken up. How it is run (ZeRO stage, processes) does not count.
     """
-    decides = {"name": name, "inputs": inputs, **pipeline.settings_of(pipeline.get(stage), _alone(cfg, settings.what()))}
+    decides = {"name": name, "inputs": inputs, **pipeline.settings_of(pipeline.get(stage), _alone(cfg, name, settings.what()))}
     return {
         "inputs": inputs,
         "seed": cfg.seed,
@@ -106,14 +106,15 @@ def manifest_of(cfg: Config, stage: str, name: str, settings: Training, inputs: 
     }
 
 
-def _alone(cfg: Config, settings: Training) -> Config:
-    """The configuration as one model's training sees it: settings of its siblings do not count."""
+def _alone(cfg: Config, model: str, settings: Training) -> Config:
+    """The configuration as one model's training sees it: settings and size of its siblings do not count."""
     changed = {
         name: section.model_copy(update={key: settings for key, value in section if isinstance(value, Training)})
         for name, section in cfg
         if isinstance(section, Section)
     }
-    return cfg.model_copy(update=changed)
+    sibling = "student" if model.endswith("teacher") else "teacher"
+    return cfg.model_copy(update={**changed, "models": cfg.models.model_copy(update={sibling: Model()})})
 
 
 @contextlib.contextmanager

@@ -112,9 +112,11 @@ def test_the_pre_ranker_learns_what_follows(make_ctx: Callable[..., Context]) ->
     assert (student.manifest["fit"], refit.manifest["fit"]) == ("train", "refit")
     kept = (student.path / "model.safetensors").stat().st_mtime_ns
     shutil.rmtree(ctx.root / "models" / "midtrain-teacher")  # as if the stage had been killed before its last model
-    assert midtrain.run(ctx.cfg, ctx).detail.keys() == result.detail.keys()
+    larger = make_ctx([*SMALL, f"models.teacher={{{SIZE.replace('layers: 2', 'layers: 3')}}}"])
+    assert midtrain.run(larger.cfg, ctx).detail.keys() == result.detail.keys()
     assert (student.path / "model.safetensors").stat().st_mtime_ns == kept, "it goes on with the model that is missing"
-    assert (ctx.root / "models" / "midtrain-teacher" / "current.json").exists()
+    teacher = ctx.model("midtrain-teacher", "midtrain")
+    assert teacher.manifest["parameters"] > student.manifest["parameters"], "another teacher is no reason to train the student again"
 
 
 @pytest.mark.parametrize("refit_from", ["midtrain", "start"])
