@@ -183,8 +183,8 @@ def _search(
     beams = _Beams(np.zeros((count, 1), dtype=np.int64), torch.zeros(count, 1, device=device), prompt_BT[:, None])
     hidden_BWD = last_BD[:, None]
     for depth in range(trie.levels):
-        logps_BWV = model.get_output_embeddings()(hidden_BWD).float().log_softmax(dim=-1)
-        logps_BWK = logps_BWV[:, :, torch.from_numpy(sid_ids_LK[depth]).to(device)]
+        logits_BWV = model.get_output_embeddings()(hidden_BWD).float()
+        logps_BWK = logits_BWV[:, :, torch.from_numpy(sid_ids_LK[depth]).to(device)] - logits_BWV.logsumexp(dim=-1, keepdim=True)
         codes_BW, beams = _extend(trie, depth, beams, logps_BWK, width, dead[depth], mass[depth] if mass else None)
         if depth == trie.levels - 1:
             break
@@ -209,35 +209,40 @@ def _search(
 def _extend(
     trie: Trie, depth: int, beams: _Beams, logps_BWK: torch.Tensor, width: int, dead: tuple[Ints, Ints], mass: _Mass | None
 ) -> tuple[Ints, _Beams]:
-    """The `width` best children of all beams of each prompt, best first. Returns their codes, and the new beams."""
+    """The `width` best children of all beams of each prompt, best first. Returns their codes, and the new beams.
+
+    Only children that are there cost anything: below the first level a beam has a few, of a thousand codes.
+    """
     count, beam_count, codes = logps_BWK.shape
     alive_X = np.flatnonzero(beams.nodes_BW.reshape(-1) >= 0)
-    rows, code, child = trie.children(depth, beams.nodes_BW.reshape(-1)[alive_X])
-    child_BF = np.full((count, beam_count * codes), -1, dtype=np.int64)  # F: every (beam, code) of a prompt
-    flat = alive_X[rows] * codes + code
-    child_BF.reshape(-1)[flat] = child
-    prompt, node = dead
-    if len(prompt):
-        size = len(trie.tokens[depth])
-        entered = np.isin((flat // (beam_count * codes)) * size + child, prompt * size + node)
-        child_BF.reshape(-1)[flat[entered]] = -1
-    scores_BF = (beams.logps_BW[:, :, None] + logps_BWK).reshape(count, -1)
-    allowed_BF = torch.from_numpy(child_BF >= 0).to(scores_BF.device)
-    if not torch.isfinite(scores_BF[allowed_BF]).all():
-        raise ModelError("the model's log-probabilities are not numbers: its weights are broken")
-    kept = min(width, int(allowed_BF.sum(dim=1).max()))
-    if not bool(allowed_BF.any(dim=1).all()):
+    rows, code, child_X = trie.children(depth, beams.nodes_BW.reshape(-1)[alive_X])
+    source_X = alive_X[rows] * codes + code  # place in logps_BWK
+    prompt_X, size = source_X // (beam_count * codes), len(trie.tokens[depth])
+    if len(dead[0]):
+        open_X = ~np.isin(prompt_X * size + child_X, dead[0] * size + dead[1])
+        prompt_X, source_X, child_X = prompt_X[open_X], source_X[open_X], child_X[open_X]
+    counts_B = np.bincount(prompt_X, minlength=count)
+    if not counts_B.all():
         raise ModelError("a prompt has no item left: every item of the trie is excluded for it")
-    ranked_BF = scores_BF
+    place_X = np.arange(len(prompt_X)) - (np.cumsum(counts_B) - counts_B)[prompt_X]  # prompts ascend
+    shape = (count, int(counts_B.max()))  # F: the open children of a prompt, side by side
+
+    def side_by_side(values: Any, empty: float) -> torch.Tensor:
+        values_X = torch.as_tensor(values, device=logps_BWK.device)
+        spread_BF = torch.full(shape, empty, dtype=values_X.dtype, device=values_X.device)
+        spread_BF[torch.from_numpy(prompt_X), torch.from_numpy(place_X)] = values_X
+        return spread_BF
+
+    places_X = torch.from_numpy(source_X).to(logps_BWK.device)
+    scores_X = logps_BWK.reshape(-1)[places_X] + beams.logps_BW.reshape(-1)[places_X // codes]
+    if not torch.isfinite(scores_X).all():
+        raise ModelError("the model's log-probabilities are not numbers: its weights are broken")
+    scores_BF = ranked_BF = side_by_side(scores_X, -torch.inf)
     if mass is not None:
-        mass_BF = torch.zeros_like(scores_BF)
-        below = mass.of(flat // (beam_count * codes) * len(trie.tokens[depth]) + child)
-        mass_BF.view(-1)[torch.from_numpy(flat).to(scores_BF.device)] = torch.from_numpy(below).to(scores_BF)
-        ranked_BF = _mixed(scores_BF, mass_BF, mass.share)
-    flat_BW = ranked_BF.masked_fill(~allowed_BF, -torch.inf).topk(kept, dim=1).indices
-    best_BW = scores_BF.masked_fill(~allowed_BF, -torch.inf).gather(1, flat_BW)
-    places_BW = flat_BW.cpu().numpy()
-    parents_BW = flat_BW // codes
+        ranked_BF = side_by_side(_mixed(scores_X, torch.from_numpy(mass.of(prompt_X * size + child_X)), mass.share), -torch.inf)
+    best_BW = ranked_BF.topk(min(width, shape[1]), dim=1).indices
+    source_BW = side_by_side(source_X, 0).gather(1, best_BW)
+    parents_BW = source_BW // codes % beam_count
     sees_BWC = torch.gather(beams.sees_BWC, 1, parents_BW[:, :, None].expand(-1, -1, beams.sees_BWC.shape[2]))
-    nodes_BW = np.take_along_axis(child_BF, places_BW, axis=1)
-    return places_BW % codes, _Beams(nodes_BW, best_BW, sees_BWC)
+    nodes_BW = side_by_side(child_X, -1).gather(1, best_BW).cpu().numpy()
+    return (source_BW % codes).cpu().numpy(), _Beams(nodes_BW, scores_BF.gather(1, best_BW), sees_BWC)
