@@ -153,7 +153,7 @@ class Models(Section):
 
     vocabulary: Positive = 1536  # byte-level BPE, before labels and SID tokens are added
     student: Model = Model()
-    teacher: Model = Model(hidden=256, layers=6, heads=8, kv_heads=8, mlp=704)
+    teacher: Model | None = Model(hidden=256, layers=6, heads=8, kv_heads=8, mlp=704)  # null: no teacher, no OPD
 
 
 class Midtrain(Section):

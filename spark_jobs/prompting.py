@@ -111,11 +111,10 @@ def render_texts(
     targets: Sequence[str | None] | None = None,
     filled: bool = True,
 ) -> list[str]:
-    """Prompts as texts that the model goes on from, each within `prompt.max_prompt_tokens`: longer ones
-    lose their oldest history items.
+    """Prompts as texts that the model goes on from, each within `prompt.max_prompt_tokens`: longer ones lose their oldest history items.
 
     `filled`: what every completion of the mode begins with is added (`gr2.prompts.prefill`). `targets`: items to name (targeted mode).
-    Raises ModelError for a prompt that is too long even without a history.
+    Raises ModelError for a prompt that is too long even with one item of its history: a re-ranker must see whom it ranks for.
     """
     template = template or template_of(cfg.prompt)
     named = targets or [None] * len(shown)
@@ -125,9 +124,9 @@ def render_texts(
     long = [i for i, ids in enumerate(encode_all(tokenizer, texts)) if len(ids) > limit]
     while long:
         for i in long:
-            if not left[i].history:
+            if len(left[i].history) < 2:
                 raise ModelError(
-                    f"{left[i].request_id}: the prompt exceeds prompt.max_prompt_tokens ({limit}) even without a history: "
+                    f"{left[i].request_id}: the prompt exceeds prompt.max_prompt_tokens ({limit}) even with one item of its history: "
                     "raise it, lower candidates.n, or take a terser prompt.template"
                 )
             left[i] = replace(left[i], history=left[i].history[1:])

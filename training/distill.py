@@ -21,7 +21,7 @@ from training.data import Batch, Example
 from training.fitting import fit
 from training.loop import learned_states
 from training.losses import distill_loss
-from training.sft import loader_of
+from training.sft import loader_of, wake
 from training.stream import Draws
 
 # One learned token an example, the first label of the source's order: its place is where the label log-probabilities are read. What the
@@ -36,6 +36,7 @@ def run(cfg: Config, ctx: Context) -> Result:
         raise InputError("distill_examples is empty: no request of split `rerank` has its target in the list")
     base = ctx.model(cfg.distill.start, cfg.distill.start)
     model, tokenizer = load(base.path, dropout=cfg.distill.dropout)
+    wake(model, base.manifest.get("unread", []), cfg.seed)
     examples, taught = to_examples(tokenizer, table)
     inputs = {"tables": {"distill_examples": ctx.lake.content_version("distill_examples")}, "models": {base.name: base.hash}}
     loss_fn = taught.loss_fn(cfg.distill.label_weight, cfg.distill.order_weight)

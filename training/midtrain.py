@@ -46,7 +46,7 @@ SMALL = 100_000_000  # parameters up to which it is measured
 
 
 def run(cfg: Config, ctx: Context) -> Result:
-    """Trains student, refitted student and teacher. Raises MissingInputError, InputError for a fit without examples."""
+    """Trains student, refitted student, and the teacher if there is one. Raises InputError (a fit without examples)."""
     books = Codebooks.load(ctx.model("tokenizer", "tokenizer").path)[0].books_LKD
     tables = {fit: windows(cfg, ctx, fit, cfg.midtrain.student) for fit in ("train", "refit")}
     # An example's ordinal is the same in both fits, so that users whose history went on are in the same range of both.
@@ -62,6 +62,8 @@ def run(cfg: Config, ctx: Context) -> Result:
     kept = ctx.model("midtrain", STAGE).path if cfg.midtrain.refit_from == "midtrain" else None
     model = _student(cfg, ctx, tokenizer, books, kept)
     _fit(cfg, ctx, "midtrain-refit", model, tokenizer, texts, "refit", cfg.midtrain.refit, result)
+    if teacher is None:
+        return result
     if teacher.base != student.base:
         tokenizer = vocabulary(cfg, ctx, teacher, tokens, texts["train"])
     model = build_model(teacher, tokenizer, books, cfg.seed + 1)
@@ -230,7 +232,8 @@ def _fit(
         "models": {"tokenizer": ctx.model("tokenizer", "tokenizer").hash},
     }
     notes: dict[str, Any] = {"fit": fit_of, "parameters": sum(p.numel() for p in model.parameters())}
-    if (cfg.models.teacher if name == "midtrain-teacher" else cfg.models.student).base is None:
+    size = cfg.models.teacher if name == "midtrain-teacher" else cfg.models.student
+    if size is not None and size.base is None:
         notes["unread"] = mix.unread(len(tokenizer))
     summary = fit(cfg, ctx, STAGE, name, model, tokenizer, loader, settings, loss_fn, inputs, notes=notes, validate=validate)
     result.tokens += summary.tokens

@@ -15,7 +15,11 @@ from training.rl import Plan, add, optimise
 
 
 def run(cfg: Config, ctx: Context) -> Result:
-    """Trains both. Raises MissingInputError, ModelError (different vocabularies), InputError (no prompts), EngineError."""
+    """Trains both; without a teacher none. Raises MissingInputError, ModelError (different vocabularies), InputError (no prompts),
+    EngineError."""
+    if cfg.models.teacher is None:
+        ctx.log("opd: models.teacher is null, so nobody teaches")
+        return Result()
     student, teacher = ctx.model("sft", "sft"), ctx.model("rl-teacher", "rl")
     result = Result(rows_in=ctx.lake.read("rl_prompts", ["prompt_id"]).num_rows)
     for name, weight in (("opd", 0.0), ("opd+rl", cfg.opd.rl_weight)):

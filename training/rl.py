@@ -43,11 +43,11 @@ PATIENCE = 3  # steps in a row without anything to learn from, after which a tra
 
 
 def run(cfg: Config, ctx: Context) -> Result:
-    """Trains both sizes. Raises MissingInputError, InputError (no prompts), EngineError."""
+    """Trains both sizes, or the student alone where there is no teacher. Raises MissingInputError, InputError (no prompts), EngineError."""
     result = Result(rows_in=ctx.lake.read("rl_prompts", ["prompt_id"]).num_rows)
     start = cfg.rl.start
     plans = (("rl-teacher", f"{start}-teacher", cfg.rl.teacher), ("rl", start, cfg.rl.student))
-    for name, base, settings in plans:
+    for name, base, settings in plans if cfg.models.teacher else plans[1:]:
         add(result, optimise(cfg, ctx, Plan(name, ctx.model(base, start), settings)))
     return result
 

@@ -32,10 +32,10 @@ LENGTH = 2.0  # of a row drawn anew, relative to the median of the others
 
 
 def run(cfg: Config, ctx: Context) -> Result:
-    """Trains the student, then the teacher. Raises MissingInputError, InputError (no examples, or one longer than a row)."""
+    """Trains the student, then the teacher if any. Raises MissingInputError, InputError (no examples, or one longer than a row)."""
     result = Result()
     sizes = (("sft", "midtrain", cfg.sft.student), ("sft-teacher", "midtrain-teacher", cfg.sft.teacher))
-    for name, start, settings in sizes:
+    for name, start, settings in sizes if cfg.models.teacher else sizes[:1]:
         table = windows(cfg, ctx, settings)
         result.rows_in = table.total
         base = ctx.model(start, "midtrain")

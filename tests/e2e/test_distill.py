@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from gr2 import artifacts
 from gr2.errors import InputError
 from gr2.prompts import ANSWER_OPEN, EMPTY_THOUGHT
-from scoring.model import label_logprobs, load
+from scoring.model import label_logprobs, load, save
 from tests.e2e import tiny
 from training import distill
 from training.data import pack, to_batch
@@ -63,6 +64,15 @@ def test_it_starts_where_the_profile_says(make_ctx):
     tiny.put(ctx, "distill_examples", rows(tokenizer, 8))
     distill.run(ctx.cfg, ctx)
     assert ctx.model("fast", "distill").manifest["inputs"]["models"] == {"sft": ctx.model("sft", "sft").hash}
+    early = make_ctx(["distill.train.max_steps=1", "distill.start=midtrain"])
+    with artifacts.publish_folder(ctx.root, "midtrain", {"unread": [5, 9]}) as folder:
+        model, _ = load(ctx.model("rl", "rl").path)
+        before = model.get_input_embeddings().weight.detach().clone()
+        save(model, tokenizer, folder)
+    distill.run(early.cfg, ctx)
+    rows_VD = load(ctx.model("fast", "distill").path)[0].get_input_embeddings().weight
+    moved_V = (rows_VD - before).norm(dim=1)
+    assert moved_V[[5, 9]].min() > 10 * moved_V[10:].max(), "what mid-training never read is drawn anew, as before SFT"
 
 
 def test_the_loss_of_a_batch_is_the_mean_over_examples_of_any_length(ctx):

@@ -112,6 +112,8 @@ def test_the_pre_ranker_learns_what_follows(make_ctx: Callable[..., Context]) ->
     assert (student.manifest["fit"], refit.manifest["fit"]) == ("train", "refit")
     kept = (student.path / "model.safetensors").stat().st_mtime_ns
     shutil.rmtree(ctx.root / "models" / "midtrain-teacher")  # as if the stage had been killed before its last model
+    alone = make_ctx([*SMALL, "models.teacher=null"])
+    assert midtrain.run(alone.cfg, ctx).detail.keys() == {"midtrain", "midtrain-refit"}
     larger = make_ctx([*SMALL, f"models.teacher={{{SIZE.replace('layers: 2', 'layers: 3')}}}"])
     assert midtrain.run(larger.cfg, ctx).detail.keys() == result.detail.keys()
     assert (student.path / "model.safetensors").stat().st_mtime_ns == kept, "it goes on with the model that is missing"

@@ -10,7 +10,7 @@ from gr2.errors import ModelError
 from gr2.prompts import load_template, vocabulary_texts
 from scoring.model import build_model, build_vocabulary, save
 from tests.e2e import tiny
-from training import opd, rollouts
+from training import opd, rl, rollouts, sft
 
 pytestmark = pytest.mark.e2e
 QUICK = [
@@ -61,3 +61,13 @@ def test_another_vocabulary_is_refused(make_ctx):
         save(build_model(tiny.SIZE, other, None, 1), other, draft)
     with pytest.raises(ModelError, match="different vocabularies"):
         opd.run(ctx.cfg, ctx)
+
+
+def test_without_a_teacher_the_student_alone_is_trained(make_ctx):
+    ctx = make_ctx([*QUICK, "models.teacher=null", "sft.student.max_steps=1", "rl.student.max_steps=1"])
+    tokenizer = tiny.model_named(ctx, "midtrain")
+    tiny.put(ctx, "sft_examples", tiny.sft_rows(tokenizer, 8))
+    tiny.put(ctx, "rl_prompts", tiny.rl_rows(tokenizer, 8) + tiny.rl_rows(tokenizer, 4, "valid", 50))
+    made = [set(stage.run(ctx.cfg, ctx).detail) for stage in (sft, rl, opd)]
+    assert made == [{"sft"}, {"rl"}, set()]
+    assert artifacts.names(ctx.root) == ["midtrain", "rl", "sft"]
