@@ -36,6 +36,7 @@ class Training(Section):
     warmup: Share = 0.05
     schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after the warm-up: down to a tenth on a cosine or a line, or level
     weight_decay: float = Field(0.05, ge=0)
+    beta2: float = Field(0.95, ge=0.0, lt=1.0)  # AdamW's memory of squared gradients; tables of rare rows want a longer one
     clip: float = Field(1.0, gt=0)
     lora: Lora | None = None
     average: float = Field(0.0, ge=0.0, lt=1.0)  # decay of the averaged weights that are exported; 0: the last weights
@@ -61,4 +62,7 @@ class Sasrec(Section):
     heads: Positive = 2
     dropout: Share = 0.4
     keep: Positive = 256  # items of a request that have a probability; the rest has none
-    train: Training = Training(epochs=9, lr=1e-3, tokens_per_batch=6528, schedule="constant", warmup=0.0, weight_decay=0.0)  # 128 users
+    # 128 users a batch; as the original is trained, whose rare items want Adam's long memory
+    train: Training = Training(
+        epochs=9, lr=1e-3, tokens_per_batch=6528, schedule="constant", warmup=0.0, weight_decay=0.0, beta2=0.999, clip=10.0
+    )

@@ -34,7 +34,7 @@ from training.data import Batch, Loader
 from training.trackers import open_tracker
 
 LossFn = Callable[[Any, Any], tuple[torch.Tensor, dict[str, float | torch.Tensor]]]
-BETAS = (0.9, 0.95)
+BETA1 = 0.9
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class Engine:
         self.tuner = lora.adapt(model, settings.lora, seed) if settings.lora else None
         shell = _Shell(model, settings.precision == "bf16" and not native)
         groups = _groups(shell, settings.weight_decay)
-        self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=BETAS, fused=settings.zero_stage < 3)
+        self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(BETA1, settings.beta2), fused=settings.zero_stage < 3)
         self.deepspeed = deepspeed.initialize(model=shell, optimizer=self.optimizer, config=config, dist_init_required=False)[0]
         checkpoints.make_state(self)
         self.average = Average(model, settings.average) if settings.average else None
