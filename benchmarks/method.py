@@ -26,7 +26,7 @@ from schemas.lake import Lake
 REFERENCE = "reference"
 BASE = (
     "sft.student.max_steps=2000", "rl.student.max_steps=40", "opd.train.max_steps=20", "opd.train.tokens_per_batch=8192",
-    "sft.teacher.max_steps=2", "rl.teacher.max_steps=1", "traces.no_target_requests=4000",
+    "traces.no_target_requests=4000",
     "scoring.models={sft: [think, direct, score], rl: [think, direct, score], opd: [think], opd+rl: [think], fast: [score]}",
     "scoring.shuffles=1", "scoring.miss_sample=0", "scoring.audit_requests=1", "evaluation.baselines=[lambdamart]",
 )  # fmt: skip
@@ -45,7 +45,13 @@ class Variant:
 MODES = tuple((model, mode) for model in ("sft", "rl") for mode in ("think", "direct", "score"))
 ON_POLICY = (("sft", "think"), ("opd", "think"), ("opd+rl", "think"))
 TAUGHT = ("sft_examples", "sft")
-LARGER = "models.teacher={hidden: 320, layers: 6, heads: 10, kv_heads: 10, mlp: 896, dropout: 0.2}"
+EQUAL = "models.teacher={hidden: 192, layers: 4, heads: 6, kv_heads: 6, mlp: 512}"  # OPD's: the reference's own student after RL
+LARGER = (
+    "models.teacher={hidden: 320, layers: 6, heads: 10, kv_heads: 10, mlp: 896, dropout: 0.2}",
+    "midtrain.teacher={processes: 2, max_steps: 1100, lr: 0.002, row_tokens: 80, tokens_per_batch: 3200, average: 0.997}",
+    "sft.teacher={processes: 2, max_steps: 2000, lr: 0.002, row_tokens: 512, tokens_per_batch: 2048, average: 0.99}",
+    "rl.teacher={lr: 0.0003, warmup: 0.1, max_steps: 40, tokens_per_batch: 8192}",
+)
 VARIANTS: dict[str, Variant] = {
     REFERENCE: Variant((), (), (*MODES, *ON_POLICY[1:])),
     "RL without SFT": Variant(("rl",), ("rl.start=midtrain",), (("rl", "think"),)),
@@ -60,11 +66,7 @@ VARIANTS: dict[str, Variant] = {
     "reward gr2": Variant(("rl",), ("rl.reward=gr2",), (("rl", "think"),)),
     "unconditional reward": Variant(("rl",), ("rl.conditional=false",), (("rl", "think"),)),
     "no evidence lines": Variant(("reasoning_traces", *TAUGHT, "rl_prompts", "rl"), ("prompt.evidence=false",), MODES),
-    "larger teacher": Variant(
-        ("midtrain", "sft", "rl", "opd"),
-        (LARGER, "midtrain.teacher.max_steps=1100", "midtrain.teacher.lr=0.002", "sft.teacher.max_steps=2000", "rl.teacher.max_steps=40"),
-        (("rl-teacher", "think"), *ON_POLICY[1:]),
-    ),
+    "larger teacher": Variant(("midtrain", "sft", "rl", "opd"), LARGER, (("rl-teacher", "think"), *ON_POLICY[1:])),
     "thoughts distilled": Variant(
         ("distill_examples", "distill"),
         ("distill.source=rl", "distill.start=sft", "distill.thoughts=4", "distill.temperature=0.8", "distill.replicas=1",
@@ -90,7 +92,7 @@ def reference(root: Path, folder: Path, profile: str) -> None:
     pointer = {"hash": resolve(folder, "rl", "rl").hash}
     shutil.copytree(folder / "models" / "rl", folder / "models" / "rl-teacher", dirs_exist_ok=True)
     (folder / "models" / "rl-teacher" / "current.json").write_text(json.dumps(pointer))
-    gr2(profile, folder, ["stage", "opd"], BASE)
+    gr2(profile, folder, ["stage", "opd"], [*BASE, EQUAL])
     (folder / "ready").touch()
 
 
@@ -105,7 +107,7 @@ def run(base: Path, work: Path, profile: str, name: str, variant: Variant) -> di
     for model, mode in variant.systems:
         asked.setdefault(model, []).append(mode)
     modes = ", ".join(f"{model}: [{', '.join(each)}]" for model, each in asked.items())
-    settings = [*BASE, *variant.settings, f"scoring.models={{{modes}}}"]
+    settings = [*BASE, f"scoring.models={{{modes}}}", *([EQUAL] if variant.stages[-1:] == ("opd",) else []), *variant.settings]
     for stage in (*variant.stages, "rerank_scores", "baselines", "evaluation"):
         gr2(profile, folder, ["stage", stage], settings)
     values, tokens = Run(profile, folder).values, answer_tokens(folder)
