@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from gr2.sections import Sasrec
 
 CONFIG, WEIGHTS = "sasrec.json", "sasrec.safetensors"
+SIZE = {"places", "hidden", "layers", "heads", "dropout"}  # what a published model is rebuilt from
 
 
 class SASRec(nn.Module):
@@ -85,13 +86,13 @@ def save(model: SASRec, folder: Path) -> None:
     """Weights as safetensors, item ids and sizes as JSON."""
     weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     save_file(weights, folder / WEIGHTS)
-    (folder / CONFIG).write_text(json.dumps({"settings": model.settings.model_dump(mode="json"), "items": model.names}))
+    (folder / CONFIG).write_text(json.dumps({"size": model.settings.model_dump(include=SIZE), "items": model.names}))
 
 
 def load(folder: Path) -> SASRec:
     """What `save` wrote, in eval mode."""
     told = json.loads((folder / CONFIG).read_text())
-    model = SASRec(told["items"], Sasrec.model_validate(told["settings"]))
+    model = SASRec(told["items"], Sasrec.model_validate(told["size"]))
     model.load_state_dict(load_file(folder / WEIGHTS))
     return model.eval()
 
