@@ -417,6 +417,8 @@ class Config(Section):
             )
         if any(t.lora and not t.lora.tables for t in (self.midtrain.student, self.midtrain.teacher, self.midtrain.refit)):
             raise ValueError("midtrain teaches the rows of semantic IDs: with lora, set lora.tables to true")
+        if self.sasrec.train.lora or self.sasrec.train.zero_stage == 3:
+            raise ValueError("sasrec reads its table of items whole, and trains all of it: leave out lora and ZeRO stage 3")
         if self.latents.brief.processes > 1 or self.latents.brief.checkpoint_every or self.latents.brief.lora:
             raise ValueError("latents.brief trains in one process and starts again: leave out processes, lora and checkpoint_every")
         if bad := [name for name in COMPRESSORS for asked in (self.scoring.models, self.scoring.live) if "think" in asked.get(name, ())]:

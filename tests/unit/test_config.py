@@ -34,6 +34,8 @@ def test_every_profile_loads_and_says_how_to_run_it(profile):
         ("rl.student.processes=2", "one process"),
         ("opd.train.processes=2", "one process"),
         ("rl.student.checkpoint_every=5", "go on from their rollouts"),
+        ("sasrec.train.zero_stage=3", "leave out lora and ZeRO stage 3"),
+        ("sasrec.train.lora={}", "leave out lora and ZeRO stage 3"),
         ("scoring.models={latents: [think]}", "no thought"),
         ("scoring={structured: true, models: {latents: [score]}}", "structured or latents"),
         ("candidates.n=10 ", None),
