@@ -47,7 +47,8 @@ def test_the_loss_is_the_mean_over_what_follows(model: SASRec) -> None:
         for back in range(1, len(kept)):  # places count from the last that is read
             with torch.no_grad():
                 states_1TD = model(torch.from_numpy(padded([kept[:-1]], SIZE.places)))
-            nll.append(-float(model.logits(states_1TD[0, -back]).log_softmax(0)[kept[-back]]))
+                logps_M = model.logits(states_1TD[0, -back]).log_softmax(0)
+            nll.append(-float(logps_M[kept[-back]]))
     assert batch.norm == len(nll) == 2 + 1 + 6
     assert float(loss) == pytest.approx(np.mean(nll), abs=1e-4)
 
