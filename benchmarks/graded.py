@@ -24,7 +24,7 @@ REWARDS = ("gr2", "normalised", "ndcg", "auc")
 SETTINGS = [
     "candidates.source=log", "candidates.n=5", "simulator.slate=10", "candidates.debias=position", "data.max_requests_per_user=20",
     "midtrain.teacher.epochs=1", "sft.teacher.max_steps=50", "rl.teacher.max_steps=1", "rl.validate_every=10", "scoring.replicas=1",
-    "scoring.models={sft: [think, score], rl: [think, score]}", "release.gate=false", "scoring.miss_sample=0",
+    "scoring.models={sft: [think, score], rl: [think, score]}", "release.gate=false", "sasrec.share=0", "scoring.miss_sample=0",
 ]  # fmt: skip
 Orders = dict[str, list[str]]
 

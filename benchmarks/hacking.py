@@ -28,7 +28,7 @@ SHOWN = {"shuffled": "prompt.shuffled=true", "as they came": "prompt.shuffled=fa
 REWARDS = {"conditional": "rl.conditional=true", "unconditional": "rl.conditional=false"}
 SETTINGS = [
     "candidates.source=log", "candidates.n=5", "simulator.slate=10", "rl.reward=gr2", "rl.teacher.max_steps=1", "rl.validate_every=10",
-    "midtrain.teacher.epochs=1", "sft.teacher.max_steps=50",
+    "sasrec.share=0", "midtrain.teacher.epochs=1", "sft.teacher.max_steps=50",
 ]  # fmt: skip
 
 

@@ -21,13 +21,11 @@ import numpy as np
 from benchmarks.ranking import SHOWN, Run
 from benchmarks.stages import gr2, told
 from gr2.artifacts import resolve
-from schemas.lake import Lake
 
 REFERENCE = "reference"
 BASE = (
     "sft.student.max_steps=2000", "rl.student.max_steps=40", "opd.train.max_steps=20", "opd.train.tokens_per_batch=8192",
     "traces.no_target_requests=4000",
-    "scoring.models={sft: [think, direct, score], rl: [think, direct, score], opd: [think], opd+rl: [think], fast: [score]}",
     "scoring.shuffles=1", "scoring.miss_sample=0", "scoring.audit_requests=1", "evaluation.baselines=[lambdamart]",
 )  # fmt: skip
 LEFT_OUT = ("tmp", "staging", "lock", "logs", "reports")
@@ -93,6 +91,7 @@ def reference(root: Path, folder: Path, profile: str) -> None:
     shutil.copytree(folder / "models" / "rl", folder / "models" / "rl-teacher", dirs_exist_ok=True)
     (folder / "models" / "rl-teacher" / "current.json").write_text(json.dumps(pointer))
     gr2(profile, folder, ["stage", "opd"], [*BASE, EQUAL])
+    gr2(profile, folder, ["stage", "baselines"], BASE)
     (folder / "ready").touch()
 
 
@@ -107,26 +106,16 @@ def run(base: Path, work: Path, profile: str, name: str, variant: Variant) -> di
     for model, mode in variant.systems:
         asked.setdefault(model, []).append(mode)
     modes = ", ".join(f"{model}: [{', '.join(each)}]" for model, each in asked.items())
-    settings = [*BASE, f"scoring.models={{{modes}}}", *([EQUAL] if variant.stages[-1:] == ("opd",) else []), *variant.settings]
-    for stage in (*variant.stages, "rerank_scores", "baselines", "evaluation"):
-        gr2(profile, folder, ["stage", stage], settings)
-    values, tokens = Run(profile, folder).values, answer_tokens(folder)
-    found: dict[str, Any] = {"/".join((*s, metric)): values.get((*s, metric), {}) for s in variant.systems for metric in SHOWN}
-    found |= {"/".join((*s, "tokens")): tokens.get(s, float("nan")) for s in variant.systems}
+    scored = f"scoring.models={{{modes}}}"
+    for stage in (*variant.stages, "rerank_scores"):
+        teacher = [EQUAL] if stage == "opd" else []  # no other stage is to train one, unless the variant asks
+        gr2(profile, folder, ["stage", stage], [*BASE, scored, *teacher, *variant.settings])
+    made = Run(profile, folder, [scored])
+    found: dict[str, Any] = {"/".join((*s, metric)): made.values[(*s, metric)] for s in variant.systems for metric in SHOWN}
+    found |= {"/".join((*s, "tokens")): made.tokens[s] for s in variant.systems}
     done.write_text(json.dumps(found))
     shutil.rmtree(folder)
     return found
-
-
-def answer_tokens(root: Path) -> dict[tuple[str, str], float]:
-    """(model, mode) -> mean tokens that the current version of a model writes for one list."""
-    rows = Lake(root).read("rerank_scores", ["model_id", "mode", "completion_tokens"], split="test", replica=0).to_pylist()
-    found: dict[tuple[str, str], list[int]] = {}
-    for row in rows:
-        name, _, digest = row["model_id"].partition("@")
-        if resolve(root, name, name).hash == digest:
-            found.setdefault((name, row["mode"]), []).append(row["completion_tokens"])
-    return {system: float(np.mean(each)) for system, each in found.items()}
 
 
 def show(results: dict[str, dict[str, Any]]) -> None:

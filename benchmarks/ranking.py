@@ -26,10 +26,11 @@ Values = dict[str, float]  # user -> value
 
 
 class Run:
-    """One finished root: each system's value for every user whose target is in the list, and the full ranking's rank for all."""
+    """One finished root: each system's value for every user whose target is in the list, the full ranking's rank for all, and the tokens
+    that a model writes for a list."""
 
-    def __init__(self, profile: str, root: Path) -> None:
-        cfg = config.load(profile, [f"paths.root={root}"])
+    def __init__(self, profile: str, root: Path, settings: Sequence[str] = ()) -> None:
+        cfg = config.load(profile, [f"paths.root={root}", *settings])
         ctx = Context(cfg)
         requests = judged(ctx)
         self.users = [r["user_id"] for r in requests.rows]
@@ -45,6 +46,10 @@ class Run:
             for metric in SHOWN:
                 own_R = metrics.graded_values(metric, grades_RN)
                 self.values[model, mode, metric] = {u: float(v) for u, v, h in zip(self.users, own_R, hit, strict=True) if h}
+        written: dict[tuple[str, str], list[int]] = {}
+        for row in scored:
+            written.setdefault((row["model"], row["mode"]), []).append(row["completion_tokens"])
+        self.tokens = {system: float(np.mean(each)) for system, each in written.items()}
         self.told = f"{_release(ctx)}, lists of {requests.size}."
 
 

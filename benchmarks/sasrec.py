@@ -38,6 +38,7 @@ from gr2.context import Context  # noqa: E402
 from gr2.metrics import paired_bootstrap, values  # noqa: E402
 from gr2.sections import Sasrec  # noqa: E402
 from schemas.candidates import EXPERIMENT  # noqa: E402
+from schemas.interactions import FITS  # noqa: E402
 from schemas.lake import Lake  # noqa: E402
 from scoring.sasrec import SASRec, padded  # noqa: E402
 from spark_jobs.candidates import FIT, REQUEST, SPLITS, row_of  # noqa: E402
@@ -112,7 +113,7 @@ class Data:
         self.number = {name: place for place, name in enumerate(names, 1)}
         self.of: dict[str, dict[str, list[int]]] = {"train": {}, "refit": {}}
         for row in rows:
-            for fit, splits in (("train", ("pretrain",)), ("refit", ("pretrain", "rerank"))):
+            for fit, splits in FITS.items():
                 if row["split"] in splits:
                     self.of[fit].setdefault(row["user_id"], []).append(self.number[row["item_id"]])
         columns = [*(c for c in REQUEST if c != "seen_ids"), "full_rank"]

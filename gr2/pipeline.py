@@ -267,6 +267,7 @@ def execute(stage: Stage, cfg: Config, ctx: Context, print_: str) -> Result:
         result: Result = importlib.import_module(stage.module).run(cfg, ctx)
     if os.environ.get("RANK", "0") != "0":
         return result
+    made = {model: digest for model in stage.makes if (digest := _current(ctx, model))}
     write_record(
         ctx,
         stage.name,
@@ -277,13 +278,12 @@ def execute(stage: Stage, cfg: Config, ctx: Context, print_: str) -> Result:
             "fingerprint": print_,
             "seconds": time.monotonic() - started,
             "peak_mib": _peak_mib(),
-            "models": [m for m in stage.makes if _current(ctx, m)],
+            "models": sorted(made),
             **result_json(result),
         },
     )
-    for model in () if ctx.date else stage.makes:  # a night keeps the models of the promoted release
-        if digest := _current(ctx, model):
-            ctx.pin("models", model, digest)
+    for model, digest in () if ctx.date else made.items():  # a night keeps the models of the promoted release
+        ctx.pin("models", model, digest)
     return result
 
 

@@ -2,6 +2,8 @@
 
 from schemas.base import BOOL, DATE, INT, STRING, TIMESTAMP, Column, Table
 
+FITS = {"train": ("pretrain",), "refit": ("pretrain", "rerank")}  # the splits that each fit learns from
+
 TABLE = Table(
     name="interactions",
     version="2.0",

@@ -20,11 +20,11 @@ from pyspark.sql import functions as F
 import schemas
 from gr2.config import Config, Evidence
 from gr2.context import Context, Result
+from schemas.interactions import FITS
 from spark_jobs.increments import building, last_built, replaced, until_settled
 from spark_jobs.publish import publish
 from spark_jobs.session import read
 
-FITS = {"train": ("pretrain",), "refit": ("pretrain", "rerank")}
 MAX_STEPS = 1000  # interactions of one user in one period that count, the first: a robot must not weigh more than that
 UNIT = 1e-12  # weights are added up in whole units of this
 UNDATED = dt.date(1970, 1, 1)  # the day of a user without any known day

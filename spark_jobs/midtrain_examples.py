@@ -23,10 +23,10 @@ from pyspark.sql import functions as F
 from gr2.config import Config
 from gr2.context import Context, Result
 from schemas import get
+from schemas.interactions import FITS
 from spark_jobs.publish import publish
 from spark_jobs.session import read
 
-SPLITS = {"train": ("pretrain",), "refit": ("pretrain", "rerank")}
 BUCKETS = 1_000_000
 
 
@@ -34,7 +34,7 @@ def run(cfg: Config, ctx: Context) -> Result:
     """Builds and publishes both fits."""
     codes = current_codes(ctx)
     rows, detail = 0, {}
-    for fit, splits in SPLITS.items():
+    for fit, splits in FITS.items():
         events = read(ctx, "interactions").where(F.col("split").isin(*splits))
         frame = examples(cfg, fit, events, read(ctx, "items"), codes)
         detail[fit] = publish(ctx, "midtrain_examples", frame, partition={"fit": fit})

@@ -24,13 +24,14 @@ from torch.nn.functional import cross_entropy
 from gr2.config import Config
 from gr2.context import Context, Result
 from gr2.errors import InputError
+from schemas.interactions import FITS
 from scoring.sasrec import SASRec, padded, save
 from training.data import Batch, Rows, batches
 from training.fitting import fit
 from training.loop import rank, world
 
 STAGE = "sasrec"
-FITS = {"sasrec": ["pretrain"], "sasrec-refit": ["pretrain", "rerank"]}
+FIT = {"sasrec": "train", "sasrec-refit": "refit"}
 
 
 def run(cfg: Config, ctx: Context) -> Result:
@@ -40,10 +41,10 @@ def run(cfg: Config, ctx: Context) -> Result:
         ctx.log("sasrec: sasrec.share is 0, so the pre-ranker does without")
         return result
     inputs = {"tables": {"interactions": ctx.lake.content_version("interactions")}}
-    for name, splits in FITS.items():
-        items, sequences = read_sequences(ctx, splits)
+    for name, fit_of in FIT.items():
+        items, sequences = read_sequences(ctx, fit_of)
         if not sequences:
-            raise InputError(f"no user has two items in {' and '.join(splits)}: there is nothing to learn an order from")
+            raise InputError(f"no user has two items in {' and '.join(FITS[fit_of])}: there is nothing to learn an order from")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg.seed)
             model = SASRec(items, cfg.sasrec)
@@ -57,14 +58,13 @@ def run(cfg: Config, ctx: Context) -> Result:
     return result
 
 
-def read_sequences(ctx: Context, splits: Sequence[str]) -> tuple[list[str], list[list[int]]]:
+def read_sequences(ctx: Context, fit_of: str) -> tuple[list[str], list[list[int]]]:
     """Item ids, ascending, and the sequences of the users who have two or more of them: numbers of items, from 1, oldest first."""
-    table = ctx.lake.read("interactions", ["user_id", "item_id"], order_by=["user_id", "ordinal"], split=list(splits))
-    names, items_X = np.unique(np.array(table["item_id"].to_pylist(), dtype=object).astype(str), return_inverse=True)
-    users_X = np.unique(np.array(table["user_id"].to_pylist(), dtype=object).astype(str), return_inverse=True)[1]
-    starts = np.flatnonzero(np.diff(users_X, prepend=-1))
-    each = np.split(items_X + 1, starts[1:])
-    return [str(n) for n in names], [own.tolist() for own in each if len(own) > 1]
+    table = ctx.lake.read("interactions", ["user_id", "item_id"], order_by=["user_id", "ordinal"], split=FITS[fit_of])
+    users_X, items_X = (np.array(table[column].to_pylist()) for column in ("user_id", "item_id"))
+    names, numbers_X = np.unique(items_X, return_inverse=True)
+    each = np.split(numbers_X + 1, np.flatnonzero(users_X[1:] != users_X[:-1]) + 1)
+    return names.tolist(), [own.tolist() for own in each if len(own) > 1]
 
 
 def rows_of(sequences: Sequence[Sequence[int]], places: int) -> Rows:

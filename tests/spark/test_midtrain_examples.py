@@ -12,6 +12,7 @@ from sequence_world import ITEMS, catalogue, interaction_rows, sid, walks
 
 from gr2.context import Context
 from gr2.sids import from_text
+from schemas.interactions import FITS
 from spark_jobs import midtrain_examples
 
 pytestmark = pytest.mark.spark
@@ -44,7 +45,7 @@ def items_of(text: str) -> list[str]:
 
 def test_each_item_is_learned_once_after_those_before_it(built: tuple[Context, list[dict[str, Any]]]) -> None:
     ctx, rows = built
-    for fit, splits in midtrain_examples.SPLITS.items():
+    for fit, splits in FITS.items():
         walked: dict[str, str] = {}
         for row in rows:
             if row["split"] in splits:
@@ -91,7 +92,7 @@ def test_text_tasks_say_true_things_in_their_shares(built: tuple[Context, list[d
 
 def test_a_poisoned_future_changes_no_text(built: tuple[Context, list[dict[str, Any]]]) -> None:
     ctx, rows = built
-    before = {fit: texts(ctx, fit) for fit in midtrain_examples.SPLITS}
+    before = {fit: texts(ctx, fit) for fit in FITS}
     versions = ctx.lake.version("midtrain_examples")
     midtrain_examples.run(ctx.cfg, ctx)
     assert ctx.lake.version("midtrain_examples") == versions, "a rerun made a new version"
