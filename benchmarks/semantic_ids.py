@@ -3,7 +3,7 @@
     GR2_DATA=.../amazon2014_beauty python -m benchmarks.semantic_ids --work FOLDER [--letter FILE] [--only NAME ...]
 
 Tables up to the item vectors are built once. Then each variant has a folder of its own, its codes, and a retriever (the profile's student,
-five epochs) whose exact beams rank all items for 10,000 users' validation targets: the network alone, without counts, SASRec or vectors of
+three epochs) whose exact beams rank all items for 10,000 users' validation targets: the network alone, without counts, SASRec or vectors of
 single items. What is finished is not run again; the table of all that is finished is printed each time. `--letter`: codes that others
 shipped, read from their file (`{"0": ["<a_1>", ...]}`, keys one less than item ids), go through the same retriever.
 """
@@ -38,7 +38,7 @@ VARIANTS: dict[str, list[str]] = {
 }
 SHIPPED, SHIPPED_SHAPE = "LETTER's codes", ["tokenizer.levels=4", "tokenizer.codes=256"]
 RETRIEVER = [
-    "midtrain.student.epochs=5", "midtrain.refit.epochs=0.02", "midtrain.teacher.epochs=0.02",
+    "midtrain.student.epochs=3", "midtrain.refit.epochs=0.02", "midtrain.teacher.epochs=0.02",
     "candidates.max_requests=10", "candidates.max_valid=10000", "tokenizer.min_uniqueness=0",
     "midtrain.own_vectors=false", "candidates.pair_share=0", "sasrec.share=0",  # the codes alone
 ]  # fmt: skip
