@@ -463,10 +463,13 @@ def load(profile: str, overrides: list[str] | None = None) -> Config:
 
 
 def _put(tree: dict[str, Any], path: list[str], value: Any, key: str) -> None:
+    """Sets one value. Sections on the way are copied: the file may name one twice (`*alias`), and only this place is to change."""
     for part in path[:-1]:
-        tree = tree.setdefault(part, {})
-        if not isinstance(tree, dict):
+        below = tree.get(part, {})
+        if not isinstance(below, dict):
             raise ConfigError(f"--set {key}: {part!r} is a value, not a section")
+        tree[part] = below = dict(below)
+        tree = below
     tree[path[-1]] = value
 
 

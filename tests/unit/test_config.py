@@ -74,6 +74,12 @@ def test_the_variable_gives_the_data_folder_and_the_override_wins(monkeypatch, t
     assert str(load("demo", ["data.path=/elsewhere"]).data.path) == "/elsewhere"
 
 
+def test_an_override_changes_one_place_of_a_section_that_the_file_names_twice():
+    loaded = load("beauty", ["midtrain.refit.epochs=0.5", "midtrain.refit.lr=0.1"]).midtrain
+    assert (loaded.refit.epochs, loaded.refit.lr) == (0.5, 0.1)
+    assert loaded.student == load("beauty").midtrain.student
+
+
 def test_digest_follows_content_not_place():
     base = load("demo")
     assert base.digest() == load("demo", ["paths.root=/elsewhere"]).digest()
