@@ -41,7 +41,7 @@ from schemas.candidates import EXPERIMENT  # noqa: E402
 from schemas.interactions import FITS  # noqa: E402
 from schemas.lake import Lake  # noqa: E402
 from scoring.sasrec import SASRec, padded  # noqa: E402
-from spark_jobs.candidates import FIT, REQUEST, SPLITS, row_of  # noqa: E402
+from spark_jobs.candidates import FIT, REQUEST, SPLITS, row_of, taught  # noqa: E402
 from spark_jobs.features import with_features  # noqa: E402
 from spark_jobs.publish import publish  # noqa: E402
 from spark_jobs.session import frame_of, read  # noqa: E402
@@ -140,7 +140,7 @@ class Data:
             for scores_BM in scored(models[FIT[split]], self.histories(split)):
                 values_BK, places_BK = scores_BM.topk(cfg.candidates.n)
                 for scores, places in zip(values_BK.tolist(), places_BK.tolist(), strict=True):
-                    found.append(row_of(cfg, next(rows), FIT[split], "sasrec", [self.names[p] for p in places], scores))
+                    found.append(row_of(next(rows), FIT[split], "sasrec", [self.names[p] for p in places], scores, cfg.candidates.n))
         return found
 
 
@@ -170,7 +170,8 @@ def reordered(profile: str, root: Path, work: Path, data: Data, models: dict[str
     ctx = Context(load(profile, [f"paths.root={work}", *settings]))
     table = pa.Table.from_pylist(data.lists(ctx.cfg, models), schema=schemas.get("candidates").arrow())
     publish(ctx, "candidates", frame_of(ctx, table), {"night": EXPERIMENT})
-    publish(ctx, "candidate_features", with_features(ctx, read(ctx, "candidates")), {"night": EXPERIMENT})
+    for name, lists in (("candidate_features", read(ctx, "candidates")), ("program_lists", taught(read(ctx, "candidates")))):
+        publish(ctx, name, with_features(ctx, lists), {"night": EXPERIMENT})
     gr2(profile, work, ["stage", "baselines"], settings)
     rows = {r["request_id"]: r for r in data.requests["test"]}
     print(f"\nLists of {size}, all users\n\n| slice | order | " + " | ".join(LISTED) + " |\n| --- | --- |" + " --- |" * len(LISTED))

@@ -181,6 +181,7 @@ class Candidates(Section):
 
     source: Literal["beam", "log"] = "beam"
     n: Positive = 10
+    depth: Positive = 20  # of the lists that teach the evidence program: more of them hold their target; at most as many as the beam finds
     beam: Positive = 20
     item_weight: float = Field(1.0, ge=0)  # of log p(item) beside log p(tokens) in the beams' order; wants midtrain.item_weight
     pair_share: float = Field(0.4, ge=0, lt=1)  # of counts of what followed what in the mixture with the network; 0: the network alone
@@ -191,7 +192,7 @@ class Candidates(Section):
     batch: Positive = 256
     max_requests: int = Field(0, ge=0)  # per split, seeded sample; 0: all. The full-ranking figures use every request kept
     max_rerank: int = Field(0, ge=0)  # the same for the split rerank alone, whose lists only train; 0: as max_requests
-    max_valid: int = Field(0, ge=0)  # the same for the split valid, whose lists only choose; 0: as max_requests
+    max_valid: int = Field(0, ge=0)  # the same for the split valid, whose lists choose, and teach the program; 0: as max_requests
 
 
 class Prompt(Section):

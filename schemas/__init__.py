@@ -22,6 +22,7 @@ NAMES = (
     "midtrain_examples",
     "candidates",
     "candidate_features",
+    "program_lists",
     "reasoning_traces",
     "sft_examples",
     "rl_prompts",

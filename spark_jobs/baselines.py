@@ -1,10 +1,11 @@
 """Orders that a model must beat, in the form of `rerank_scores`, for the splits valid and test.
 
-Reads: `candidate_features`, `candidates`. Writes: `baselines` (one request and baseline; key request_id, model).
+Reads: `candidate_features`, `program_lists`, `candidates`. Writes: `baselines` (one request and baseline; key request_id, model).
     prerank      the incoming order                      random       a seeded shuffle: chance level
     popularity   interactions of the fit                 transition   direct transitions from the last history item, then popularity
-    lambdamart   LightGBM on the same evidence that the models read, trained on the lists of split rerank, picked on valid
-    program      the evidence program with trees, which `distill` learns from (`distill.source: evidence`): fitted on split rerank
+    lambdamart   LightGBM on the same evidence that the models read, and on the same lists: trained on split rerank, picked on valid, then
+                 for test trained on both
+    program      the evidence program with trees, which `distill` learns from (`distill.source: evidence`): fitted on other users' lists
     oracle       the best order of the same candidates: the ceiling
 A rerun is harmless: all of it is seeded and replaced whole.
 
@@ -12,6 +13,7 @@ A rerun is harmless: all of it is seeded and replaced whole.
 """
 
 import zlib
+from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any
 
@@ -22,7 +24,8 @@ import schemas
 from gr2.config import Config
 from gr2.context import Context, Result
 from gr2.errors import InputError
-from spark_jobs.program import boosted, padded
+from schemas.program_lists import TAUGHT
+from spark_jobs.program import LESSONS, boosted, padded
 from spark_jobs.publish import publish
 from spark_jobs.session import frame_of
 
@@ -34,6 +37,7 @@ GRID: tuple[dict[str, Any], ...] = tuple(
     {"num_leaves": leaves, "min_data_in_leaf": least, "learning_rate": rate, "lambda_l2": ridge}
     for leaves, least, rate, ridge in product((7, 15, 31), (20, 50, 100), (0.03, 0.08), (0.0, 10.0))
 )
+DEPTHS = {"as shown": "candidate_features", "deeper": LESSONS}
 ROUNDS, PATIENCE, PICK_AT = 400, 30, 3
 
 
@@ -43,14 +47,16 @@ def run(cfg: Config, ctx: Context) -> Result:
     detail: dict[str, Any] = {}
     scores: dict[str, dict[str, list[np.ndarray]]] = {name: _simple(cfg.seed, rows) for name, rows in splits.items()}
     if "lambdamart" in cfg.evaluation.baselines:
-        booster, detail = fit_lambdamart(lists(ctx, "rerank"), splits["valid"], cfg.seed)
+        lessons = {kind: {split: lists(ctx, split, table) for split in TAUGHT} for kind, table in DEPTHS.items()}
+        picked, again, detail = fit_lambdamart(lessons, cfg.seed)
         ctx.log(f"lambdamart: {detail}")
-        for name, rows in splits.items():
+        for name, booster in (("valid", picked), ("test", again)):
+            rows = splits[name]
             scores[name]["lambdamart"] = [booster.predict(matrix(rows), num_threads=2)] if rows.num_rows else [np.zeros(0)]
     if "program" in cfg.evaluation.baselines:
         judge, detail["program"] = boosted(ctx)
         for name, rows in splits.items():
-            of = padded(ctx, name) if rows.num_rows else None
+            of = padded(ctx, (name,)) if rows.num_rows else None
             scores[name]["program"] = [np.zeros(0) if of is None else judge.judged(of.raw_RNC, of.there_RN, of.folds_R)[of.there_RN]]
     wanted = ("prerank", *cfg.evaluation.baselines)
     tables = [order_rows(rows, name, model, *scores[name][model]) for name, rows in splits.items() for model in wanted]
@@ -58,10 +64,10 @@ def run(cfg: Config, ctx: Context) -> Result:
     return Result(rows_in=sum(rows.num_rows for rows in splits.values()), rows_out=published, detail=detail)
 
 
-def lists(ctx: Context, split: str) -> pa.Table:
+def lists(ctx: Context, split: str, of: str = "candidate_features") -> pa.Table:
     """The candidates of a split with their features, a request's rows together, in incoming order."""
     columns = ["request_id", "item_id", "grade", *FEATURES]
-    return ctx.lake.read("candidate_features", columns, order_by=["request_id", "incoming_rank"], split=split)
+    return ctx.lake.read(of, columns, order_by=["request_id", "incoming_rank"], split=split)
 
 
 def matrix(rows: pa.Table) -> np.ndarray:
@@ -107,43 +113,53 @@ def _simple(seed: int, rows: pa.Table) -> dict[str, list[np.ndarray]]:
     }
 
 
-def fit_lambdamart(train: pa.Table, valid: pa.Table, seed: int) -> tuple[Any, dict[str, Any]]:
-    """LambdaMART (Burges 2010, as LightGBM has it) on the requests with a positive; size and rounds by NDCG@3 on `valid`.
+def fit_lambdamart(lessons: Mapping[str, Mapping[str, pa.Table]], seed: int) -> tuple[Any, Any, dict[str, Any]]:
+    """LambdaMART (Burges 2010, as LightGBM has it) on lists with a positive; depth of lists, size and rounds by NDCG@3 on valid as shown.
 
-    Returns the booster and what was picked, with each feature's share of the gain. Raises InputError if there is nothing to learn from.
+    `lessons`: for each of DEPTHS the lists of the splits rerank and valid. Returns the booster fitted on rerank, one fitted on both splits
+    with what was picked, and what that is, with each feature's share of the gain. Raises InputError if there is nothing to learn from.
     """
     import lightgbm
 
-    train, valid = _with_positive(train), _with_positive(valid)
-    if not train.num_rows or not valid.num_rows:
-        raise InputError("no list of split rerank or valid holds its target: LambdaMART cannot learn; take it out of evaluation.baselines")
-    data = lightgbm.Dataset(
-        matrix(train), train["grade"].to_numpy(), group=np.diff(groups(train)), feature_name=list(FEATURES), free_raw_data=False
-    )
-    held = data.create_valid(matrix(valid), valid["grade"].to_numpy(), group=np.diff(groups(valid)))
-    best: tuple[float, Any, dict[str, Any]] | None = None
-    for choice in GRID:
-        settings = {
-            **choice, "objective": "lambdarank", "metric": "ndcg", "eval_at": [PICK_AT], "verbosity": -1,
-            "deterministic": True, "force_row_wise": True, "num_threads": 2, "seed": seed, "feature_pre_filter": False,
-        }  # fmt: skip
-        stop = lightgbm.early_stopping(PATIENCE, verbose=False)
-        booster = lightgbm.train(settings, data, ROUNDS, valid_sets=[held], valid_names=["valid"], callbacks=[stop])
-        value = booster.best_score["valid"][f"ndcg@{PICK_AT}"]
-        if best is None or value > best[0]:
-            best = (value, booster, choice)
+    held_out = dataset([lessons["as shown"]["valid"]])
+    best: tuple[float, Any, str, dict[str, Any]] | None = None
+    for kind, tables in lessons.items():
+        data = dataset([tables["rerank"]])
+        held = held_out.set_reference(data)
+        for choice in GRID:
+            stop = lightgbm.early_stopping(PATIENCE, verbose=False)
+            booster = lightgbm.train(settings(choice, seed), data, ROUNDS, valid_sets=[held], valid_names=["valid"], callbacks=[stop])
+            value = booster.best_score["valid"][f"ndcg@{PICK_AT}"]
+            if best is None or value > best[0]:
+                best = (value, booster, kind, choice)
     assert best is not None
-    value, booster, choice = best
-    gain = booster.feature_importance("gain")
-    total = max(gain.sum(), 1e-12)
-    shares = {name: round(float(g / total), 4) for name, g in zip(FEATURES, gain, strict=True)}
-    picked = {
-        **choice,
-        "rounds": booster.best_iteration,
-        f"valid_ndcg@{PICK_AT}": round(float(value), 6),
-        "requests": len(groups(train)) - 1,
-    }
-    return booster, {**picked, "gain": dict(sorted(shares.items(), key=lambda kv: -kv[1]))}
+    value, booster, kind, choice = best
+    both = dataset(list(lessons[kind].values()))
+    again = lightgbm.train(settings(choice, seed), both, booster.best_iteration)
+    gain = again.feature_importance("gain")
+    shares = {name: round(float(g / max(gain.sum(), 1e-12)), 4) for name, g in zip(FEATURES, gain, strict=True)}
+    picked = {**choice, "lists": kind, "rounds": booster.best_iteration, f"valid_ndcg@{PICK_AT}": round(float(value), 6)}
+    counts = {"requests": len(both.get_group()), "gain": dict(sorted(shares.items(), key=lambda kv: -kv[1]))}
+    return booster, again, {**picked, **counts}
+
+
+def settings(choice: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """LightGBM's parameters for one configuration of GRID."""
+    return {
+        **choice, "objective": "lambdarank", "metric": "ndcg", "eval_at": [PICK_AT], "verbosity": -1,
+        "deterministic": True, "force_row_wise": True, "num_threads": 2, "seed": seed, "feature_pre_filter": False,
+    }  # fmt: skip
+
+
+def dataset(tables: Sequence[pa.Table]) -> Any:
+    """The lists with a positive, for LightGBM. Raises InputError if there is none."""
+    import lightgbm
+
+    rows = pa.concat_tables([_with_positive(table) for table in tables])
+    if not rows.num_rows:
+        raise InputError("no list of split rerank or valid holds its target: LambdaMART cannot learn; take it out of evaluation.baselines")
+    sizes = np.concatenate([np.diff(groups(_with_positive(table))) for table in tables])
+    return lightgbm.Dataset(matrix(rows), rows["grade"].to_numpy(), group=sizes, feature_name=list(FEATURES), free_raw_data=False)
 
 
 def _with_positive(rows: pa.Table) -> pa.Table:

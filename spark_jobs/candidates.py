@@ -6,6 +6,7 @@ Reads    `interactions`, `semantic_ids`, `item_pairs`, the models `midtrain` and
          and `sasrec-refit` (test); with candidates.source = log `interactions` and `impressions` instead. Then evidence and items, for the
          features.
 Writes   `candidates`: one request; key request_id. `candidate_features`: one candidate of a request; key request_id, item_id.
+         `program_lists`: the same for the lists that teach the evidence program, candidates.depth deep.
 Rerun    requests are drawn by hash, beams are exact, the experiment's partitions are replaced: equal inputs give equal content.
 
 Every target is ranked by a pre-ranker that did not train on it (DESIGN section 4). The history is all that the user chose before the
@@ -37,6 +38,7 @@ from gr2.errors import InputError
 from gr2.sids import Trie
 from schemas import get
 from schemas.candidates import EXPERIMENT
+from schemas.program_lists import TAUGHT
 from spark_jobs.features import with_features
 from spark_jobs.publish import publish
 from spark_jobs.session import frame_of, read
@@ -50,7 +52,7 @@ REQUEST = ("request_id", "split", "user_id", "as_of", "history_ids", "history_da
 
 
 def run(cfg: Config, ctx: Context) -> Result:
-    """Builds both tables. Raises InputError if no split has a request."""
+    """Builds the tables. Raises InputError if no split has a request."""
     if ctx.date:
         return importlib.import_module("spark_jobs.night_lists").build(cfg, ctx, ctx.date)
     interactions = read(ctx, "interactions")
@@ -59,16 +61,23 @@ def run(cfg: Config, ctx: Context) -> Result:
         if frame.isEmpty():
             raise InputError("no logged slate has a click and a user with a history: there is nothing to re-rank in these data")
     else:
-        table = beamed(cfg, ctx, sampled(requests(cfg, interactions), cfg).toArrow())
+        table, deep = beamed(cfg, ctx, sampled(requests(cfg, interactions), cfg).toArrow())
         if not table.num_rows:
             raise InputError("no user has a target beyond the pretrain split: there is nothing to re-rank in these data")
         frame = frame_of(ctx, table)
     rows = publish(ctx, "candidates", frame, {"night": EXPERIMENT})
     made = read(ctx, "candidates").where(F.col("night") == EXPERIMENT)
     features = publish(ctx, "candidate_features", with_features(ctx, made), {"night": EXPERIMENT})
+    lessons = taught(made if cfg.candidates.source == "log" else frame_of(ctx, deep))
+    features += publish(ctx, "program_lists", with_features(ctx, lessons), {"night": EXPERIMENT})
     detail = ceilings(ctx)
     ctx.log(f"candidates: {detail}")
     return Result(rows_in=rows, rows_out=rows + features, detail=detail)
+
+
+def taught(lists: DataFrame) -> DataFrame:
+    """Those that teach the evidence program: of its splits, with something relevant in them."""
+    return lists.where(F.col("split").isin(*TAUGHT) & F.exists("grades", lambda grade: grade > 0))
 
 
 # -- requests ---------------------------------------------------------------------------------------------------------
@@ -133,21 +142,35 @@ def first_of(rows: DataFrame, partition: list[str], most: int, seed: int) -> Dat
 # -- lists of the generative pre-ranker -------------------------------------------------------------------------------
 
 
-def beamed(cfg: Config, ctx: Context, rows: pa.Table) -> pa.Table:
-    """Runs the exact constrained beams for all requests: the table in the contract's columns."""
-    parts = []
+def beamed(cfg: Config, ctx: Context, rows: pa.Table) -> tuple[pa.Table, pa.Table]:
+    """Runs the exact constrained beams for all requests: their lists, and the deeper ones of those that may teach, in the same columns."""
+    listed, deep, n = [], [], cfg.candidates.n
     for fit, name in MODEL.items():
         chosen = [row for row in rows.to_pylist() if FIT[row["split"]] == fit]
         if chosen:
             pairs = ctx.lake.read("item_pairs", list(PAIR), fit=fit)
-            parts += list(ranked(cfg, ctx, chosen, fit, ctx.model(name, "midtrain"), pairs))
-    return pa.Table.from_pylist(parts, schema=get("candidates").arrow())
+            for row in ranked(cfg, ctx, chosen, fit, ctx.model(name, "midtrain"), pairs, max(n, cfg.candidates.depth)):
+                listed.append(cut(row, n))
+                if row["split"] in TAUGHT and row["target_rank"]:
+                    deep.append(row)
+    first, second = (pa.Table.from_pylist(rows, schema=get("candidates").arrow()) for rows in (listed, deep))
+    return first, second
+
+
+def cut(row: dict[str, Any], n: int) -> dict[str, Any]:
+    """A list's first `n` candidates."""
+    rank = row["target_rank"]
+    shorter = {name: row[name][:n] for name in ("candidate_ids", "prior_scores", "grades")}
+    return {**row, **shorter, "target_rank": rank if rank and rank <= n else None}
 
 
 def ranked(
-    cfg: Config, ctx: Context, rows: list[dict[str, Any]], fit: str, artifact: Artifact, pairs: pa.Table
+    cfg: Config, ctx: Context, rows: list[dict[str, Any]], fit: str, artifact: Artifact, pairs: pa.Table, most: int
 ) -> Iterator[dict[str, Any]]:
-    """One row of `candidates` for each request, by the pre-ranker `artifact` and what `pairs` (columns PAIR) say followed what."""
+    """One row of `candidates` for each request, by the pre-ranker `artifact` and what `pairs` (columns PAIR) say followed what.
+
+    Lists hold `most` candidates.
+    """
     from scoring.beams import beam_search, judged
     from scoring.model import item_tokens, load, sid_ids
     from scoring.own_vectors import attach, item_vectors, own_vectors
@@ -177,7 +200,7 @@ def ranked(
         found = beam_search(model, ids_LK, trie, texts, chosen.beam, exclude, mixture, pad=tokenizer.pad_token_id, batch=size)
         found = judged(found, items_ND, chosen.item_weight, mixture, known_N)
         for row, places, scores in zip(chunk, found.items_BW, found.logprobs_BW, strict=True):
-            yield row_of(cfg, row, fit, artifact.id, [ids[p] for p in places if p >= 0], scores)
+            yield row_of(row, fit, artifact.id, [ids[p] for p in places if p >= 0], scores, most)
 
 
 def _others(cfg: Config, ctx: Context, fit: str, pairs: pa.Table, place_of: dict[str, int]) -> list[tuple[float, Any]]:
@@ -249,9 +272,9 @@ def _unknown_on(ctx: Context, cfg: Config, place_of: dict[str, int]) -> Any:
     return after
 
 
-def row_of(cfg: Config, row: dict[str, Any], fit: str, model_id: str, items: list[str], scores: Any) -> dict[str, Any]:
-    """One request with its list, in the contract's columns."""
-    target, n = row["target_id"], cfg.candidates.n
+def row_of(row: dict[str, Any], fit: str, model_id: str, items: list[str], scores: Any, n: int) -> dict[str, Any]:
+    """One request with the first `n` of its items as its list, in the contract's columns."""
+    target = row["target_id"]
     rank = items.index(target) + 1 if target in items else None
     return {
         **{name: row[name] for name in REQUEST if name != "seen_ids"},

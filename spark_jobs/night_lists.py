@@ -57,7 +57,7 @@ def _lists(cfg: Config, ctx: Context, night: dt.date, model: Artifact, print_: s
     pairs, stats = evidence.as_of(ctx, cfg.evidence, night)
     pairs = pairs.persist(StorageLevel.MEMORY_AND_DISK)  # for the beams and for the features
     try:
-        rows = list(ranked(cfg, ctx, asked, "live", model, pairs.select(*PAIR).toArrow())) if asked else []
+        rows = list(ranked(cfg, ctx, asked, "live", model, pairs.select(*PAIR).toArrow(), cfg.candidates.n)) if asked else []
         schema = schemas.get("candidates").arrow()
         lists = publish(ctx, "candidates", frame_of(ctx, pa.Table.from_pylist(rows, schema=schema)), partition)
         made = read(ctx, "candidates").where((F.col("split") == "live") & (F.col("night") == partition["night"]))

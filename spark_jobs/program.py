@@ -1,10 +1,11 @@
-"""The evidence program (`scoring.evidence_engine`), fitted on the re-ranker's own lists: the teacher of traces; with trees, of `distill`.
+"""The evidence program (`scoring.evidence_engine`), fitted on `program_lists`: the teacher of traces; with trees, of `distill`.
 
 program, content = fitted(ctx)
 judge, name = boosted(ctx)
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -12,9 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gr2.context import Context
-from gr2.errors import MissingInputError
+from gr2.errors import EngineError, MissingInputError
+from schemas.program_lists import TAUGHT
 from scoring import boosted as trees
 from scoring.evidence_engine import NAME, Floats, Program, columns_of, fit, fold_of
+
+LESSONS = "program_lists"
 
 
 @dataclass(frozen=True)
@@ -37,13 +41,16 @@ class Lists:
 
 def fitted(ctx: Context) -> tuple[Program, str]:
     """The program, and a hash of all that it was fitted on. Raises MissingInputError, EngineError (no list with its target)."""
-    of = padded(ctx, "rerank")
+    of = padded(ctx, ("rerank",), LESSONS)
     return _program(of), of.content
 
 
 def boosted(ctx: Context) -> tuple[trees.Boosted, str]:
-    """The program with trees, and its name: it is to rank what comes on a later day (`distill.later_weight`). Raises as `fitted` does."""
-    of = padded(ctx, "rerank")
+    """The program with trees, and its name: it is to rank what comes on a later day (`distill.later_weight`). Raises as `fitted` does.
+
+    It learns from what was chosen in the valid period too: only the test period judges it.
+    """
+    of = padded(ctx, TAUGHT, LESSONS)
     count_R1 = np.where(of.slices_R == "later_day", ctx.cfg.distill.later_weight, 1.0)[:, None]
     of = replace(of, weights_RN=of.weights_RN * count_R1)
     judge = trees.boost(_program(of), of.raw_RNC, of.there_RN, of.grades_RN, of.folds_R, ctx.cfg.seed, of.weights_RN)
@@ -54,13 +61,15 @@ def _program(of: Lists) -> Program:
     return fit(of.raw_RNC, of.there_RN, of.grades_RN, of.folds_R, weights_RN=of.weights_RN)
 
 
-def padded(ctx: Context, split: str) -> Lists:
-    """The lists of a split by request, their candidates in incoming order. Raises MissingInputError where it has none."""
+def padded(ctx: Context, splits: Sequence[str], of: str = "candidate_features") -> Lists:
+    """The lists of some splits by request, candidates in incoming order. Raises MissingInputError, EngineError where there are none."""
     names = ["request_id", "grade", "grade_weight", *columns_of()]
-    table = ctx.lake.read("candidate_features", names, order_by=["request_id", "incoming_rank"], split=split)
-    requests = ctx.lake.read("candidates", ["request_id", "user_id", "slice"], order_by=["request_id"], split=split).to_pylist()
+    table = ctx.lake.read(of, names, order_by=["request_id", "incoming_rank"], split=list(splits))
+    requests = ctx.lake.read("candidates", ["request_id", "user_id", "slice"], order_by=["request_id"], split=list(splits)).to_pylist()
+    if not requests:
+        raise MissingInputError(f"candidates has no row of split {' or '.join(splits)}: run `gr2 stage candidates` first")
     if not table.num_rows:
-        raise MissingInputError(f"candidate_features has no row of split {split}: run `gr2 stage candidates` first")
+        raise EngineError("no list holds its target, so there is nothing to learn from: raise candidates.depth or train midtrain longer")
     owners, row_M = np.unique(table["request_id"].to_numpy().astype(str), return_inverse=True)
     slot_M = np.arange(table.num_rows) - np.searchsorted(row_M, row_M, "left")
     shape = len(owners), int(slot_M.max()) + 1

@@ -73,13 +73,13 @@ def test_what_came_on_a_later_day_can_count_more_for_the_program(make_ctx, monke
     monkeypatch.setattr("scoring.boosted.BAGS", 1)
     slices = {request: row["slice"] for request, row in learnable(make_ctx()).items()}
     ctx = make_ctx()
-    rows = ctx.lake.read("candidate_features").to_pylist()
+    rows = ctx.lake.read("program_lists").to_pylist()
     for row in rows:
-        if row["split"] == "rerank" and slices[row["request_id"]] == "same_day":  # these say the opposite: the lightest pair
+        if slices[row["request_id"]] == "same_day":  # these say the opposite: the lightest pair
             own = [r for r in rows if r["request_id"] == row["request_id"]]
             row["grade"] = int(row["pair_last"] == min(r["pair_last"] for r in own))
-    put(ctx, "candidate_features", rows)
-    of = padded(ctx, "rerank")
+    put(ctx, "program_lists", rows)
+    of = padded(ctx, ("rerank",), "program_lists")
     later, told, names = (of.slices_R == "later_day") & of.grades_RN.any(axis=1), {}, {}
     for weight in (1.0, 50.0):
         judge, names[weight] = boosted(make_ctx([f"distill.later_weight={weight}"]))
