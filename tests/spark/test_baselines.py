@@ -6,8 +6,10 @@ from rerank_world import learnable, put
 
 import schemas
 from gr2.errors import InputError
+from schemas.program_lists import TAUGHT
+from scoring.evidence_engine import fold_of
 from spark_jobs import baselines
-from spark_jobs.program import boosted, padded
+from spark_jobs.program import LESSONS, boosted, fitted, padded
 
 pytestmark = pytest.mark.spark
 
@@ -39,6 +41,8 @@ def test_baselines_are_the_orders_that_they_say(ctx):
     assert hits["lambdamart"] > hits["prerank"] + 0.2, hits
     assert hits["oracle"] >= hits["lambdamart"]
     assert result.detail["gain"]["pair_last"] == max(result.detail["gain"].values())
+    teaching = [r for r in requests.values() if r["split"] != "test" and r["target_rank"]]
+    assert result.detail["requests"] == len(teaching), "what was picked on valid is trained on both"
 
     version = ctx.lake.version("baselines")
     baselines.run(ctx.cfg, ctx)
@@ -69,17 +73,38 @@ def test_the_program_is_a_baseline_where_it_is_asked_for(make_ctx, monkeypatch):
     assert result.detail["program"].startswith("evidence:4+trees:1@")
 
 
+def test_no_list_of_a_user_teaches_what_judges_that_user(ctx, monkeypatch):
+    monkeypatch.setattr("scoring.boosted.BAGS", 1)
+    learnable(ctx)
+    of, teacher = padded(ctx, TAUGHT, LESSONS), fitted(ctx)[1]
+    before, name = boosted(ctx)
+    rows = ctx.lake.read(LESSONS, order_by=["request_id", "incoming_rank"]).to_pylist()
+    request = next(r["request_id"] for r in rows if r["split"] == "valid")
+    for row in rows:
+        if row["request_id"] == request:  # its target is another one
+            row["grade"] = int(row["incoming_rank"] == (2 if row["grade"] and row["incoming_rank"] == 1 else 1))
+    user = request.split(":")[1]
+    put(ctx, LESSONS, rows)
+    after, other = boosted(ctx)
+    assert other != name, "lists of valid teach"
+    assert fitted(ctx)[1] == teacher, "those of traces are told by split rerank alone"
+    own = of.folds_R == fold_of(user)
+    told, again = (judge.judged(of.raw_RNC, of.there_RN, of.folds_R) for judge in (before, after))
+    np.testing.assert_array_equal(told[own], again[own])
+    assert not np.array_equal(told[~own], again[~own])
+
+
 def test_what_came_on_a_later_day_can_count_more_for_the_program(make_ctx, monkeypatch):
     monkeypatch.setattr("scoring.boosted.BAGS", 1)
     slices = {request: row["slice"] for request, row in learnable(make_ctx()).items()}
     ctx = make_ctx()
-    rows = ctx.lake.read("program_lists").to_pylist()
+    rows = ctx.lake.read(LESSONS).to_pylist()
     for row in rows:
         if slices[row["request_id"]] == "same_day":  # these say the opposite: the lightest pair
             own = [r for r in rows if r["request_id"] == row["request_id"]]
             row["grade"] = int(row["pair_last"] == min(r["pair_last"] for r in own))
-    put(ctx, "program_lists", rows)
-    of = padded(ctx, ("rerank",), "program_lists")
+    put(ctx, LESSONS, rows)
+    of = padded(ctx, ("rerank",), LESSONS)
     later, told, names = (of.slices_R == "later_day") & of.grades_RN.any(axis=1), {}, {}
     for weight in (1.0, 50.0):
         judge, names[weight] = boosted(make_ctx([f"distill.later_weight={weight}"]))

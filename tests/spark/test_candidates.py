@@ -22,7 +22,7 @@ from spark_jobs.session import read
 
 pytestmark = pytest.mark.spark
 WINDOWS = (16, 22, 28)
-SMALL = ["candidates.n=5", "candidates.beam=40", "data.max_history=4", "midtrain.history_items=6"]
+SMALL = ["candidates.n=5", "candidates.depth=9", "candidates.beam=40", "data.max_history=4", "midtrain.history_items=6"]
 TIME = [*SMALL, "data.protocol=time", "data.max_requests_per_user=2"]
 
 
@@ -159,9 +159,20 @@ def test_beams_rank_every_live_item_but_the_history(make_ctx: Callable[..., Cont
         assert np.allclose([scores[int(i[1:])] for i in row["candidate_ids"]], row["prior_scores"], atol=0.1)
     features = ctx.lake.read("candidate_features", order_by=["request_id", "incoming_rank"]).to_pylist()
     assert [(f["request_id"], f["item_id"]) for f in features] == [(r["request_id"], i) for r in table for i in r["candidate_ids"]]
-    versions = [ctx.lake.version(t) for t in ("candidates", "candidate_features")]
+    lessons: dict[str, list[dict[str, Any]]] = {}
+    for row in ctx.lake.read("program_lists", order_by=["request_id", "incoming_rank"]).to_pylist():
+        lessons.setdefault(row["request_id"], []).append(row)
+    teaching = {r["request_id"]: r for r in table if r["split"] != "test" and r["full_rank"] and r["full_rank"] <= 9}
+    assert set(lessons) == set(teaching)
+    assert any(r["full_rank"] > 5 for r in teaching.values()), "some hold their target only in the part that is not shown"
+    for request, own in lessons.items():
+        assert [r["incoming_rank"] for r in own] == list(range(1, 10))
+        assert [r["incoming_rank"] for r in own if r["grade"]] == [teaching[request]["full_rank"]]
+        assert own[:5] == [f for f in features if f["request_id"] == request]
+    tables = ("candidates", "candidate_features", "program_lists")
+    versions = [ctx.lake.version(t) for t in tables]
     candidates.run(ctx.cfg, ctx)
-    assert versions == [ctx.lake.version(t) for t in ("candidates", "candidate_features")], "a rerun made a new version"
+    assert versions == [ctx.lake.version(t) for t in tables], "a rerun made a new version"
 
 
 def test_no_target_is_an_error_that_says_so(make_ctx: Callable[..., Context]) -> None:
