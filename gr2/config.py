@@ -405,10 +405,9 @@ class Config(Section):
             raise ValueError(f"candidates.beam ({self.candidates.beam}) must be at least candidates.n ({self.candidates.n})")
         if self.candidates.n > 20:
             raise ValueError("candidates.n must be at most 20: there are 20 labels")
-        if self.scoring.structured and self.prompt.max_answer_tokens < 2 * self.candidates.n + 1:
-            raise ValueError(
-                f"scoring.structured: prompt.max_answer_tokens must be at least {2 * self.candidates.n + 1} for that many labels"
-            )
+        needed = 2 * self.candidates.n + 1
+        if self.scoring.structured and self.prompt.max_answer_tokens < needed:
+            raise ValueError(f"scoring.structured: prompt.max_answer_tokens must be at least {needed} for that many labels")
         if self.data.source == "files" and not self.data.events.files:
             raise ValueError("data.source is files: say which in data.events.files, such as ['clicks/*.parquet']")
         if any(t.processes > 1 or t.checkpoint_every or t.lora for t in (self.rl.student, self.rl.teacher, self.opd.train)):
@@ -469,8 +468,7 @@ def _put(tree: dict[str, Any], path: list[str], value: Any, key: str) -> None:
         below = tree.get(part, {})
         if not isinstance(below, dict):
             raise ConfigError(f"--set {key}: {part!r} is a value, not a section")
-        tree[part] = below = dict(below)
-        tree = below
+        tree[part] = tree = dict(below)
     tree[path[-1]] = value
 
 
