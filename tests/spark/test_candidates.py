@@ -76,15 +76,19 @@ def test_requests_are_what_their_definition_says(make_ctx: Callable[..., Context
     assert sizes == {s: min(most, sum(i.startswith(s) for i in found)) for s, most in (("rerank", 6), ("valid", 3), ("test", 4))}
 
 
+def evidence_of(ctx: Context, rng: np.random.Generator) -> None:
+    put(ctx, "item_embeddings", vector_rows(rng, ITEMS))
+    for fit in ("train", "refit"):
+        put(ctx, "item_pairs", pair_rows(rng, ITEMS, fit), {"fit": fit})
+        put(ctx, "item_stats", stats_rows(rng, ITEMS, fit), {"fit": fit})
+
+
 def world(ctx: Context, windows: tuple[int, int, int] | None) -> list[dict[str, Any]]:
     rng = np.random.default_rng(4)
     rows = interaction_rows(walks(rng, 25), rng, windows)
     catalogue(ctx)
     put(ctx, "interactions", rows)
-    put(ctx, "item_embeddings", vector_rows(rng, ITEMS))
-    for fit in ("train", "refit"):
-        put(ctx, "item_pairs", pair_rows(rng, ITEMS, fit), {"fit": fit})
-        put(ctx, "item_stats", stats_rows(rng, ITEMS, fit), {"fit": fit})
+    evidence_of(ctx, rng)
     model_named(ctx, "midtrain", "midtrain-refit")
     sasrec_named(ctx, "sasrec", "sasrec-refit")
     return rows
@@ -223,6 +227,12 @@ def test_lists_of_a_log_keep_its_order_and_grades(make_ctx: Callable[..., Contex
     possible = {(u, r["split"]) for r in found.values() for u in [r["user_id"]]}
     assert max(sum((r["user_id"], r["split"]) == p for r in found.values()) for p in possible) <= 2
     assert all(row["weights"] is None for row in found.values())
+    catalogue(ctx)
+    evidence_of(ctx, rng)
+    candidates.run(ctx.cfg, ctx)
+    lessons = ctx.lake.read("program_lists", ["request_id", "grade"]).to_pylist()
+    assert {r["request_id"] for r in lessons} == {q for q, row in found.items() if row["split"] != "test"}
+    assert sum(r["grade"] for r in lessons) == sum(sum(row["grades"]) for row in found.values() if row["split"] != "test")
     weighed = make_ctx([*TIME, "candidates.source=log", "candidates.debias=position", "candidates.max_weight=1.5"]).cfg
     debiased = logged(weighed, read(ctx, "interactions"), read(ctx, "impressions")).toArrow().to_pylist()
     seen = [s for q, s in slates.items() if users[q][1] <= until["rerank"]]  # later slates teach nothing
