@@ -37,7 +37,7 @@ GRID: tuple[dict[str, Any], ...] = tuple(
     {"num_leaves": leaves, "min_data_in_leaf": least, "learning_rate": rate, "lambda_l2": ridge}
     for leaves, least, rate, ridge in product((7, 15, 31), (20, 50, 100), (0.03, 0.08), (0.0, 10.0))
 )
-DEPTHS = {"as shown": "candidate_features", "deeper": LESSONS}
+SHOWN = "as shown"  # lists as deep as those that are re-ranked
 ROUNDS, PATIENCE, PICK_AT = 400, 30, 3
 
 
@@ -47,7 +47,8 @@ def run(cfg: Config, ctx: Context) -> Result:
     detail: dict[str, Any] = {}
     scores: dict[str, dict[str, list[np.ndarray]]] = {name: _simple(cfg.seed, rows) for name, rows in splits.items()}
     if "lambdamart" in cfg.evaluation.baselines:
-        lessons = {kind: {split: lists(ctx, split, table) for split in TAUGHT} for kind, table in DEPTHS.items()}
+        shown = {"rerank": lists(ctx, "rerank"), "valid": splits["valid"]}
+        lessons = {SHOWN: shown, "deeper": {split: lists(ctx, split, LESSONS) for split in TAUGHT}}
         picked, again, detail = fit_lambdamart(lessons, cfg.seed)
         ctx.log(f"lambdamart: {detail}")
         for name, booster in (("valid", picked), ("test", again)):
@@ -116,12 +117,12 @@ def _simple(seed: int, rows: pa.Table) -> dict[str, list[np.ndarray]]:
 def fit_lambdamart(lessons: Mapping[str, Mapping[str, pa.Table]], seed: int) -> tuple[Any, Any, dict[str, Any]]:
     """LambdaMART (Burges 2010, as LightGBM has it) on lists with a positive; depth of lists, size and rounds by NDCG@3 on valid as shown.
 
-    `lessons`: for each of DEPTHS the lists of the splits rerank and valid. Returns the booster fitted on rerank, one fitted on both splits
+    `lessons`: for each depth, SHOWN among them, the lists of rerank and valid. Returns the booster fitted on rerank, one fitted on both
     with what was picked, and what that is, with each feature's share of the gain. Raises InputError if there is nothing to learn from.
     """
     import lightgbm
 
-    held_out = dataset([lessons["as shown"]["valid"]])
+    held_out = dataset([lessons[SHOWN]["valid"]])
     best: tuple[float, Any, str, dict[str, Any]] | None = None
     for kind, tables in lessons.items():
         data = dataset([tables["rerank"]])
@@ -155,10 +156,11 @@ def dataset(tables: Sequence[pa.Table]) -> Any:
     """The lists with a positive, for LightGBM. Raises InputError if there is none."""
     import lightgbm
 
-    rows = pa.concat_tables([_with_positive(table) for table in tables])
+    kept = [_with_positive(table) for table in tables]
+    rows = pa.concat_tables(kept)
     if not rows.num_rows:
         raise InputError("no list of split rerank or valid holds its target: LambdaMART cannot learn; take it out of evaluation.baselines")
-    sizes = np.concatenate([np.diff(groups(_with_positive(table))) for table in tables])
+    sizes = np.concatenate([np.diff(groups(table)) for table in kept])
     return lightgbm.Dataset(matrix(rows), rows["grade"].to_numpy(), group=sizes, feature_name=list(FEATURES), free_raw_data=False)
 
 

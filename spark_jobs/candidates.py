@@ -68,7 +68,7 @@ def run(cfg: Config, ctx: Context) -> Result:
     rows = publish(ctx, "candidates", frame, {"night": EXPERIMENT})
     made = read(ctx, "candidates").where(F.col("night") == EXPERIMENT)
     features = publish(ctx, "candidate_features", with_features(ctx, made), {"night": EXPERIMENT})
-    lessons = taught(made if cfg.candidates.source == "log" else frame_of(ctx, deep))
+    lessons = taught(made) if cfg.candidates.source == "log" else frame_of(ctx, deep)
     features += publish(ctx, "program_lists", with_features(ctx, lessons), {"night": EXPERIMENT})
     detail = ceilings(ctx)
     ctx.log(f"candidates: {detail}")
