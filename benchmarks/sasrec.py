@@ -41,10 +41,9 @@ from schemas.candidates import EXPERIMENT  # noqa: E402
 from schemas.interactions import FITS  # noqa: E402
 from schemas.lake import Lake  # noqa: E402
 from scoring.sasrec import SASRec, padded  # noqa: E402
-from spark_jobs.candidates import FIT, REQUEST, SPLITS, row_of, taught  # noqa: E402
-from spark_jobs.features import with_features  # noqa: E402
+from spark_jobs.candidates import FIT, REQUEST, SPLITS, publish_features, row_of  # noqa: E402
 from spark_jobs.publish import publish  # noqa: E402
-from spark_jobs.session import frame_of, read  # noqa: E402
+from spark_jobs.session import frame_of  # noqa: E402
 
 SETTINGS = Sasrec()  # two layers of 128, dropout .4, the last fifty items
 METRICS = ("recall@5", "recall@10", "ndcg@5", "ndcg@10")
@@ -170,8 +169,7 @@ def reordered(profile: str, root: Path, work: Path, data: Data, models: dict[str
     ctx = Context(load(profile, [f"paths.root={work}", *settings]))
     table = pa.Table.from_pylist(data.lists(ctx.cfg, models), schema=schemas.get("candidates").arrow())
     publish(ctx, "candidates", frame_of(ctx, table), {"night": EXPERIMENT})
-    for name, lists in (("candidate_features", read(ctx, "candidates")), ("program_lists", taught(read(ctx, "candidates")))):
-        publish(ctx, name, with_features(ctx, lists), {"night": EXPERIMENT})
+    publish_features(ctx)
     gr2(profile, work, ["stage", "baselines"], settings)
     rows = {r["request_id"]: r for r in data.requests["test"]}
     print(f"\nLists of {size}, all users\n\n| slice | order | " + " | ".join(LISTED) + " |\n| --- | --- |" + " --- |" * len(LISTED))

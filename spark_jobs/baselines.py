@@ -48,7 +48,9 @@ def run(cfg: Config, ctx: Context) -> Result:
     scores: dict[str, dict[str, list[np.ndarray]]] = {name: _simple(cfg.seed, rows) for name, rows in splits.items()}
     if "lambdamart" in cfg.evaluation.baselines:
         shown = {"rerank": lists(ctx, "rerank"), "valid": splits["valid"]}
-        lessons = {SHOWN: shown, "deeper": {split: lists(ctx, split, LESSONS) for split in TAUGHT}}
+        lessons = {SHOWN: shown}
+        if cfg.candidates.source != "log" and cfg.candidates.depth > cfg.candidates.n:  # else they are the same
+            lessons["deeper"] = {split: lists(ctx, split, LESSONS) for split in TAUGHT}
         picked, again, detail = fit_lambdamart(lessons, cfg.seed)
         ctx.log(f"lambdamart: {detail}")
         for name, booster in (("valid", picked), ("test", again)):

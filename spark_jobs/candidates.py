@@ -66,18 +66,22 @@ def run(cfg: Config, ctx: Context) -> Result:
             raise InputError("no user has a target beyond the pretrain split: there is nothing to re-rank in these data")
         frame = frame_of(ctx, table)
     rows = publish(ctx, "candidates", frame, {"night": EXPERIMENT})
-    made = read(ctx, "candidates").where(F.col("night") == EXPERIMENT)
-    features = publish(ctx, "candidate_features", with_features(ctx, made), {"night": EXPERIMENT})
-    lessons = taught(made) if cfg.candidates.source == "log" else frame_of(ctx, deep)
-    features += publish(ctx, "program_lists", with_features(ctx, lessons), {"night": EXPERIMENT})
+    features = publish_features(ctx, None if cfg.candidates.source == "log" else frame_of(ctx, deep))
     detail = ceilings(ctx)
     ctx.log(f"candidates: {detail}")
     return Result(rows_in=rows, rows_out=rows + features, detail=detail)
 
 
-def taught(lists: DataFrame) -> DataFrame:
-    """Those that teach the evidence program: of its splits, with something relevant in them."""
-    return lists.where(F.col("split").isin(*TAUGHT) & F.exists("grades", lambda grade: grade > 0))
+def publish_features(ctx: Context, lessons: DataFrame | None = None) -> int:
+    """`candidate_features` of the lists published for experiments, and `program_lists`; returns their rows.
+
+    `lessons`: the lists that teach the evidence program; without them the same lists, those of its splits with something relevant in them.
+    """
+    lists = read(ctx, "candidates").where(F.col("night") == EXPERIMENT)
+    if lessons is None:
+        lessons = lists.where(F.col("split").isin(*TAUGHT) & F.exists("grades", lambda grade: grade > 0))
+    made = {"candidate_features": lists, "program_lists": lessons}
+    return sum(publish(ctx, name, with_features(ctx, of), {"night": EXPERIMENT}) for name, of in made.items())
 
 
 # -- requests ---------------------------------------------------------------------------------------------------------

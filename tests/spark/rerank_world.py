@@ -8,10 +8,9 @@ import pyarrow as pa
 
 import schemas
 from gr2.context import Context
-from spark_jobs.candidates import taught
-from spark_jobs.features import with_features
+from spark_jobs.candidates import publish_features
 from spark_jobs.publish import publish
-from spark_jobs.session import frame_of, read
+from spark_jobs.session import frame_of
 
 DAY = dt.date(2026, 3, 1)
 
@@ -116,6 +115,5 @@ def learnable(ctx: Context, hit: float = 0.8) -> dict[str, dict[str, Any]]:
             place = int(np.argmax(weights))
             request.update(target_id=request["candidate_ids"][place], target_rank=place + 1, grades=[int(i == place) for i in range(10)])
     put(ctx, "candidates", requests)
-    for name, lists in (("candidate_features", read(ctx, "candidates")), ("program_lists", taught(read(ctx, "candidates")))):
-        publish(ctx, name, with_features(ctx, lists))
+    publish_features(ctx)
     return {r["request_id"]: r for r in requests}
