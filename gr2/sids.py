@@ -14,6 +14,9 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from gr2.context import Context
+from gr2.errors import InputError
+
 LETTERS = "abcdefghij"
 MAX_LEVELS = len(LETTERS)
 _TOKEN = re.compile(r"<([a-j])_(0|[1-9][0-9]*)>")
@@ -47,6 +50,15 @@ def from_text(text: str) -> tuple[int, ...]:
     if not parts or to_text(codes) != text:
         raise ValueError(f"{text[:80]!r} is not a semantic ID such as <a_12><b_240>")
     return codes
+
+
+def live_codes(ctx: Context) -> tuple[list[str], Ints]:
+    """The items in order of id, and their codes (N, L), under the current tokenizer. Raises InputError if the table holds none of it."""
+    version = ctx.model("tokenizer", "tokenizer").id
+    table = ctx.lake.read("semantic_ids", ["item_id", "codes"], order_by=["item_id"], tokenizer=version)
+    if not table.num_rows:
+        raise InputError(f"semantic_ids holds no codes of {version}: run `gr2 stage semantic_ids` first")
+    return table["item_id"].to_pylist(), np.array(table["codes"].to_pylist(), dtype=np.int64)
 
 
 @dataclass(frozen=True)

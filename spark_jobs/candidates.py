@@ -35,7 +35,7 @@ from gr2.artifacts import Artifact
 from gr2.config import Config
 from gr2.context import Context, Result
 from gr2.errors import InputError
-from gr2.sids import Trie
+from gr2.sids import Trie, live_codes
 from schemas import get
 from schemas.candidates import EXPERIMENT
 from schemas.program_lists import TAUGHT
@@ -181,7 +181,7 @@ def ranked(
     from training.midtrain import start_id
 
     model, tokenizer = load(artifact.path)
-    ids, codes_NL = _codes(ctx)
+    ids, codes_NL = live_codes(ctx)
     place_of = {item: i for i, item in enumerate(ids)}
     trie = Trie.build(codes_NL)
     hidden = _unknown_on(ctx, cfg, place_of)
@@ -250,15 +250,6 @@ class Prompts:
         """Token ids of one history."""
         places = [self.place_of[item] for item in history if item in self.place_of][-self.window :]
         return [self.bos, *self.tokens_NL[places].reshape(-1).tolist()]
-
-
-def _codes(ctx: Context) -> tuple[list[str], NDArray[np.int64]]:
-    """Live items in order, and their codes (N, L) under the current tokenizer."""
-    version = ctx.model("tokenizer", "tokenizer").id
-    table = ctx.lake.read("semantic_ids", ["item_id", "codes"], order_by=["item_id"], tokenizer=version)
-    if not table.num_rows:
-        raise InputError(f"semantic_ids holds no codes of {version}: run `gr2 stage semantic_ids` first")
-    return table["item_id"].to_pylist(), np.array(table["codes"].to_pylist(), dtype=np.int64)
 
 
 def _unknown_on(ctx: Context, cfg: Config, place_of: dict[str, int]) -> Any:

@@ -29,7 +29,7 @@ from gr2.config import Config, Model, Training
 from gr2.context import Context, Result
 from gr2.errors import InputError
 from gr2.prompts import load_template, vocabulary_texts
-from gr2.sids import sid_tokens
+from gr2.sids import live_codes, sid_tokens
 from scoring import own_vectors
 from scoring.model import autocast, build_model, build_vocabulary, encode_all, grow_vocabulary, load, sid_ids
 from training.codebooks import Codebooks
@@ -76,7 +76,7 @@ def _student(cfg: Config, ctx: Context, tokenizer: Any, books: NDArray[np.floati
     size, mix = cfg.models.student, cfg.midtrain
     model = load(kept, dropout=size.dropout)[0] if kept else build_model(size, tokenizer, books, cfg.seed)
     if mix.own_vectors and mix.item_weight and not mix.student.lora:
-        own_vectors.attach(model, live_codes(ctx), kept)
+        own_vectors.attach(model, live_codes(ctx)[1], kept)
     return model
 
 
@@ -223,7 +223,7 @@ def _fit(
         model.set_attn_implementation("eager")
     kind = Summed if eager else Batch
     loader = Epochs(mix.rows, settings.tokens_per_batch, cfg.seed, kind, rank(), world(), table.lanes, len(table))
-    loss_fn = ItemLoss(live_codes(ctx), sid_ids(tokenizer), cfg.midtrain.item_weight) if cfg.midtrain.item_weight else supervised
+    loss_fn = ItemLoss(live_codes(ctx)[1], sid_ids(tokenizer), cfg.midtrain.item_weight) if cfg.midtrain.item_weight else supervised
     _announce(ctx, name, model, loader, settings, loss_fn)
     pairs = held_out(texts["train"], texts["refit"], cfg.midtrain.held_out) if fit_of == "train" else []
     validate = validator(tokenizer, pairs, eager)
@@ -239,12 +239,6 @@ def _fit(
     result.tokens += summary.tokens
     result.rows_out += summary.steps
     result.detail[name] = {"steps": summary.steps, "loss": round(summary.last_loss, 4), "seconds": round(summary.seconds, 1)}
-
-
-def live_codes(ctx: Context) -> NDArray[np.int64]:
-    """(N, L) codes of the items under the current tokenizer, in order of item id."""
-    codes = ctx.lake.read("semantic_ids", ["codes"], tokenizer=ctx.model("tokenizer", "tokenizer").id, order_by=["item_id"])
-    return np.array(codes["codes"].to_pylist(), dtype=np.int64)
 
 
 def _announce(ctx: Context, name: str, model: Any, loader: Epochs, settings: Training, loss_fn: LossFn) -> None:
