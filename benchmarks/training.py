@@ -28,7 +28,8 @@ from gr2.sids import sid_tokens
 from scoring.model import autocast, build_model, build_vocabulary
 from training.data import Batch, Example, Rows, batches, pack, to_batch
 from training.fitting import supervised
-from training.loop import BETA1, Engine, _groups, learned_states
+from training.loop import Engine, learned_states
+from training.optimizers import make_optimizer
 
 SEED, CODES, LEVELS = 13, 1024, 3
 COLUMNS = ("input_ids", "position_ids", "segment_ids", "weights")
@@ -68,7 +69,7 @@ def one_a_row(examples: Sequence[Example], width: int) -> Rows:
 
 def bare(model: Any, settings: Training) -> Step:
     """Ten lines of torch."""
-    optimizer = torch.optim.AdamW(_groups(model, settings.weight_decay), lr=settings.lr, betas=(BETA1, settings.beta2), fused=True)
+    optimizer = make_optimizer(model, settings)
 
     def step(batch: Batch) -> None:
         with autocast(model, True):

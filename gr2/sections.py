@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
@@ -36,6 +36,7 @@ class Training(Section):
     warmup: Share = 0.05
     schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after the warm-up: down to a tenth on a cosine or a line, or level
     weight_decay: float = Field(0.05, ge=0)
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon (training/optimizers.py): for the matrices of the layers; zero_stage 0
     beta2: float = Field(0.95, ge=0.0, lt=1.0)  # AdamW's memory of squared gradients; tables of rare rows want a longer one
     clip: float = Field(1.0, gt=0)
     lora: Lora | None = None
@@ -45,6 +46,12 @@ class Training(Section):
     zero_stage: int = Field(1, ge=0, le=3)
     processes: Positive = 1
     deepspeed: str | None = None  # a file under conf/deepspeed that replaces the built-in configuration
+
+    @model_validator(mode="after")
+    def _whole_matrices(self) -> "Training":
+        if self.optimizer == "muon" and (self.zero_stage or self.deepspeed):
+            raise ValueError("optimizer muon needs whole matrices, which ZeRO splits: set zero_stage to 0, and no deepspeed file")
+        return self
 
     def what(self) -> "Training":
         """These settings without how they are run, which changes a result by rounding alone: checkpoints go on at other ZeRO stages."""

@@ -3,9 +3,9 @@
     <home>/step-000200/        state-00001.safetensors..., metrics.jsonl, state.json, manifest.json
     <home>/latest.json         {"folder": ...}, replaced atomically once the folder is complete
 
-What is stored is AdamW's state by parameter (fp32 weight, both moments, the averaged weight), whole, so a training goes on at another ZeRO
-stage or with another number of processes: bit for bit at the same ones, within rounding at others. No DeepSpeed file, no pickle.
-A kill while saving, or a full disk, leaves the last good checkpoint in its place.
+What is stored is the optimizer's state by parameter (fp32 weight, moments, the averaged weight), whole, so a training goes on at another
+ZeRO stage or with another number of processes: bit for bit at the same ones, within rounding at others. No DeepSpeed file, no pickle. A
+kill while saving, or a full disk, leaves the last good checkpoint in its place.
 """
 
 import hashlib
@@ -21,9 +21,10 @@ import torch
 import torch.distributed as dist
 
 from gr2.errors import ModelError
+from training.optimizers import ADAMW_STATE, state_of
 
 SHARD = 2**31  # bytes after which a file of tensors is closed: what the first process holds at once
-WEIGHT, MOMENTS, AVERAGE = "weight", ("exp_avg", "exp_avg_sq"), "average"
+WEIGHT, AVERAGE = "weight", "average"
 
 
 def save(engine: Any, home: Path, state: dict[str, Any], curve: Path) -> Path | None:
@@ -144,10 +145,10 @@ def _tensors(engine: Any) -> Iterator[tuple[str, torch.Tensor]]:
     for name, parameter in _trained(engine):
         if engine.settings.zero_stage:
             yield f"{name}/{WEIGHT}", safe_get_full_fp32_param(parameter)
-            yield from ((f"{name}/{kind}", safe_get_full_optimizer_state(parameter, kind)) for kind in MOMENTS)
+            yield from ((f"{name}/{kind}", safe_get_full_optimizer_state(parameter, kind)) for kind in ADAMW_STATE)
         else:
             yield f"{name}/{WEIGHT}", parameter.data
-            yield from ((f"{name}/{kind}", engine.optimizer.state[parameter][kind]) for kind in MOMENTS)
+            yield from ((f"{name}/{kind}", engine.optimizer.state[parameter][kind]) for kind in state_of(engine.optimizer, parameter))
         if engine.average:
             yield f"{name}/{AVERAGE}", next(averaged)
 
@@ -172,37 +173,39 @@ def _write(tensors: Iterator[tuple[str, torch.Tensor]], draft: Path | None) -> N
 
 
 def _restore(engine: Any, folder: Path, step: int) -> None:
-    """Puts weights, AdamW's state and averages where the checkpoint stands, each rank its own part."""
+    """Puts weights, the optimizer's state and averages where the checkpoint stands, each rank its own part."""
     from safetensors import safe_open
 
     files = [safe_open(path, "pt") for path in sorted(folder.glob("state-*.safetensors"))]
     place = {name: file for file in files for name in file.keys()}  # noqa: SIM118 - no dictionary
-    kinds = (WEIGHT, *MOMENTS, *([AVERAGE] if engine.average else []))
-    wanted = {f"{name}/{kind}" for name, _ in _trained(engine) for kind in kinds}
+    kinds = {name: (WEIGHT, *state_of(engine.optimizer, parameter)) for name, parameter in _trained(engine)}
+    wanted = {f"{name}/{kind}" for name, own in kinds.items() for kind in (*own, *([AVERAGE] if engine.average else []))}
     if other := sorted(wanted ^ place.keys()):
         raise ModelError(f"checkpoint {folder} is not of this model ({other[0]}): remove it to start again")
     averages = []
     for name, parameter in _trained(engine):
-        for kind in (WEIGHT, *MOMENTS):
+        for kind in kinds[name]:
             _put(engine, parameter, kind, place[f"{name}/{kind}"].get_tensor(f"{name}/{kind}").to(engine.device))
         if engine.average:
             averages.append(place[f"{name}/{AVERAGE}"].get_tensor(f"{name}/{AVERAGE}").to(engine.device))
     for state in engine.optimizer.state.values():
-        state["step"].fill_(step)
+        if "step" in state:
+            state["step"].fill_(step)
     if engine.average:
         engine.average.weights, engine.average.count = averages, step
 
 
 def make_state(engine: Any) -> None:
-    """Gives AdamW its state before the first step, as zeros.
+    """Gives the optimizer its state before the first step, as zeros.
 
     DeepSpeed links the state to parameters once, at the first group's first step, when that of the other groups is not there yet.
     """
     stage, zero, optimizer = engine.settings.zero_stage, engine.deepspeed.optimizer, engine.optimizer
     groups = [p for group in optimizer.param_groups for p in group["params"]]
     for part in zero.fp32_partitioned_groups_flat if stage == 3 else groups:
-        count = torch.zeros((), device=part.device if optimizer.defaults["fused"] else "cpu")
-        optimizer.state[part] = {"step": count, **{kind: torch.zeros_like(part) for kind in MOMENTS}}
+        count = {"step": torch.zeros((), device=part.device if optimizer.defaults["fused"] else "cpu")}
+        kinds = state_of(optimizer, part)
+        optimizer.state[part] = (count if kinds == ADAMW_STATE else {}) | {kind: torch.zeros_like(part) for kind in kinds}
     if stage in (1, 2):
         zero._lazy_init_hp_params_optimizer_state()
 

@@ -31,10 +31,10 @@ from gr2.errors import ConfigError, ModelError
 from scoring.model import autocast, hidden_states
 from training import checkpoints, lora
 from training.data import Batch, Loader
+from training.optimizers import make_optimizer
 from training.trackers import open_tracker
 
 LossFn = Callable[[Any, Any], tuple[torch.Tensor, dict[str, float | torch.Tensor]]]
-BETA1 = 0.9
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class _Shell(torch.nn.Module):
 
 
 class Engine:
-    """A model under DeepSpeed (ZeRO, clipping, AdamW with fp32 weights; LoRA if asked). `step` counts finished optimizer steps."""
+    """A model under DeepSpeed (ZeRO, clipping, AdamW or Muon with fp32 weights; LoRA if asked). `step` counts finished optimizer steps."""
 
     def __init__(self, model: Any, settings: Training, total_steps: int, seed: int = 0) -> None:
         self.model, self.settings, self.total_steps, self.seed, self.step = model, settings, total_steps, seed, 0
@@ -125,8 +125,7 @@ class Engine:
             model.float()  # many bases are stored in bf16
         self.tuner = lora.adapt(model, settings.lora, seed) if settings.lora else None
         shell = _Shell(model, settings.precision == "bf16" and not native)
-        groups = _groups(shell, settings.weight_decay)
-        self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(BETA1, settings.beta2), fused=settings.zero_stage < 3)
+        self.optimizer = make_optimizer(shell, settings)
         self.deepspeed = deepspeed.initialize(model=shell, optimizer=self.optimizer, config=config, dist_init_required=False)[0]
         checkpoints.make_state(self)
         self.average = Average(model, settings.average) if settings.average else None
@@ -155,6 +154,7 @@ class Engine:
             tokens = batch.tokens if isinstance(batch, Batch) else 0
             for name, value in {"loss": loss, "tokens": tokens, **floats}.items():
                 totals[name] = totals.get(name, 0.0) + float(value.detach() if isinstance(value, torch.Tensor) else value)
+        norm = None if self.settings.zero_stage else self._norm()
         self.deepspeed.step()
         if self.average:
             self.average.update()
@@ -162,7 +162,12 @@ class Engine:
         totals = sum_over_ranks(totals)
         if not math.isfinite(totals["loss"]):
             raise ModelError(f"the loss is {totals['loss']} at step {self.step}: lower the learning rate or look at the data")
-        return {**totals, "grad_norm": float(self.deepspeed.get_global_grad_norm() or 0.0), "lr": lr}
+        found = norm if norm is not None else self.deepspeed.get_global_grad_norm() or 0.0
+        return {**totals, "grad_norm": float(found), "lr": lr}
+
+    def _norm(self) -> torch.Tensor:
+        """Norm of the averaged gradients before they are clipped, which DeepSpeed tells with ZeRO alone."""
+        return torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
 
     def close(self) -> None:
         """Ends training: whole (averaged, if asked; merged) weights are left in `model`, in eval mode, and the engine's memory is freed."""
@@ -215,14 +220,6 @@ class Average:
         """Puts the averaged weights into the model."""
         for parameter, weight in zip([p for p in model.parameters() if p.requires_grad], self.weights, strict=True):
             parameter.data.copy_(weight)
-
-
-def _groups(module: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay for matrices, none for gains."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    matrices, gains = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": gains, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
 
 
 def _deepspeed_config(settings: Training) -> dict[str, Any]:

@@ -153,11 +153,15 @@ def stop_after(calls: int) -> Any:
     return stopping
 
 
-@pytest.mark.parametrize(("stage", "average"), [(0, 0.0), (1, 0.9), (2, 0.0), (3, 0.0)])
-def test_a_stopped_training_goes_on_bit_for_bit(tokenizer: Any, tmp_path: Path, stage: int, average: float) -> None:
+@pytest.mark.parametrize(
+    ("stage", "average", "optimizer"), [(0, 0.0, "adamw"), (0, 0.9, "muon"), (1, 0.9, "adamw"), (2, 0.0, "adamw"), (3, 0.0, "adamw")]
+)
+def test_a_stopped_training_goes_on_bit_for_bit(tokenizer: Any, tmp_path: Path, stage: int, average: float, optimizer: str) -> None:
     settings = FAST.model_copy(
-        update={"zero_stage": stage, "average": average, "checkpoint_every": 4, "accumulation": 2, "precision": "bf16"}
-    )
+        update={
+            "zero_stage": stage, "average": average, "optimizer": optimizer, "checkpoint_every": 4, "accumulation": 2, "precision": "bf16"
+        }
+    )  # fmt: skip
     whole, curve = run(tokenizer, tmp_path / "whole", settings)
     home = tmp_path / "checkpoint"
     with pytest.raises(Stop):
@@ -292,6 +296,8 @@ def test_impossible_settings_are_refused(tokenizer: Any) -> None:
         Engine(model, FAST.model_copy(update={"deepspeed": "zero3", "zero_stage": 1}), 1)
     with pytest.raises(ConfigError, match="zero_stage 2 or less"):
         Engine(model, FAST.model_copy(update={"average": 0.9, "zero_stage": 3}), 1)
+    with pytest.raises(ValueError, match="set zero_stage to 0"):
+        Training(optimizer="muon", zero_stage=1)
     broken = build_model(TINY, tokenizer, None, seed=7)
     broken.model.norm.weight.data.fill_(float("nan"))
     engine = Engine(broken, FAST, 1)
@@ -419,27 +425,36 @@ def without_bias(differences: list[float], scale: float) -> bool:
     return max(map(abs, differences)) < scale and abs(float(np.mean(differences))) <= 4 * error + 1e-12
 
 
-def test_the_loop_is_a_plain_torch_loop(tokenizer: Any, tmp_path: Path) -> None:
-    settings = FAST.model_copy(update={"max_steps": 24, "weight_decay": 0.1, "zero_stage": 1})
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_loop_is_a_plain_torch_loop(tokenizer: Any, tmp_path: Path, optimizer: str) -> None:
+    stage = 0 if optimizer == "muon" else 1
+    settings = FAST.model_copy(update={"max_steps": 24, "weight_decay": 0.1, "zero_stage": stage, "optimizer": optimizer})
     shape = TINY.model_copy(update={"dropout": 0.0})
     engine = Engine(build_model(shape, tokenizer, None, seed=7), settings, 24)
     model = build_model(shape, tokenizer, None, seed=7).train()
-    matrices, gains = ([p for p in model.parameters() if (p.ndim > 1) == wide] for wide in (True, False))
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": gains, "weight_decay": 0.0}], betas=(0.9, 0.95))
+    own = [p for name, p in model.named_parameters() if ".layers." in name and p.ndim == 2] if optimizer == "muon" else []
+    assert len(own) == (2 * 7 if optimizer == "muon" else 0)
+    muon = torch.optim.Muon(own, weight_decay=0.1, adjust_lr_fn="match_rms_adamw") if own else None
+    rest = [p for p in model.parameters() if not any(p is o for o in own)]
+    matrices, gains = ([p for p in rest if (p.ndim > 1) == wide] for wide in (True, False))
+    adamw = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": gains, "weight_decay": 0.0}], betas=(0.9, 0.95))
+    both = [o for o in (muon, adamw) if o]
     stream, losses, norms = iter(batches(pack(examples(), 48), 192, seed=9)), [], []
     for step in range(24):
         batch = next(stream)
         line = engine.backward_and_step(loss_fn, [batch])
-        for group in optimizer.param_groups:
+        for group in [group for each in both for group in each.param_groups]:
             group["lr"] = learning_rate(settings, step, 24)
         loss = loss_fn(model, batch)[0]
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)) - line["grad_norm"])
-        optimizer.step()
-        optimizer.zero_grad()
+        for each in both:
+            each.step()
+            each.zero_grad()
         losses.append(float(loss.detach()) - line["loss"])
     assert without_bias(losses, 1e-3)
     assert without_bias(norms, 1e-2)
+    assert line["grad_norm"] > 0
 
 
 def test_packed_rows_train_like_padded_ones(tokenizer: Any) -> None:
