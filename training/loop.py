@@ -154,7 +154,7 @@ class Engine:
             tokens = batch.tokens if isinstance(batch, Batch) else 0
             for name, value in {"loss": loss, "tokens": tokens, **floats}.items():
                 totals[name] = totals.get(name, 0.0) + float(value.detach() if isinstance(value, torch.Tensor) else value)
-        norm = None if self.settings.zero_stage else self._norm()
+        norm = self._norm() if self.deepspeed.optimizer is self.optimizer else None
         self.deepspeed.step()
         if self.average:
             self.average.update()
@@ -166,7 +166,7 @@ class Engine:
         return {**totals, "grad_norm": float(found), "lr": lr}
 
     def _norm(self) -> torch.Tensor:
-        """Norm of the averaged gradients before they are clipped, which DeepSpeed tells with ZeRO alone."""
+        """Norm of the averaged gradients before they are clipped, which DeepSpeed tells of optimizers of its own alone."""
         return torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
 
     def close(self) -> None:

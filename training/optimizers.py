@@ -27,7 +27,7 @@ class Muon(torch.optim.Optimizer):
         muon = torch.optim.Muon(
             matrices, lr=settings.lr, weight_decay=settings.weight_decay, momentum=MOMENTUM, adjust_lr_fn="match_rms_adamw"
         )
-        self.parts = (muon, adamw)
+        self.parts, self.own = (muon, adamw), {id(matrix) for matrix in matrices}
         super().__init__([group for part in self.parts for group in part.param_groups], adamw.defaults)
         for part in self.parts:
             part.state = self.state
@@ -42,7 +42,8 @@ class Muon(torch.optim.Optimizer):
 def make_optimizer(module: nn.Module, settings: Training) -> torch.optim.Optimizer:
     """As `settings.optimizer` says. Weight decay for matrices and tables, none for gains."""
     own = layer_matrices(module) if settings.optimizer == "muon" else []
-    rest = [p for p in module.parameters() if p.requires_grad and not any(p is matrix for matrix in own)]
+    taken = {id(matrix) for matrix in own}
+    rest = [p for p in module.parameters() if p.requires_grad and id(p) not in taken]
     groups = [
         {"params": [p for p in rest if p.ndim > 1], "weight_decay": settings.weight_decay},
         {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
@@ -63,5 +64,4 @@ def layer_matrices(module: nn.Module) -> list[torch.Tensor]:
 
 def state_of(optimizer: torch.optim.Optimizer, parameter: Any) -> tuple[str, ...]:
     """Names of what the optimizer keeps of a parameter, the count of steps aside."""
-    muon = isinstance(optimizer, Muon) and any(p is parameter for group in optimizer.parts[0].param_groups for p in group["params"])
-    return MUON_STATE if muon else ADAMW_STATE
+    return MUON_STATE if isinstance(optimizer, Muon) and id(parameter) in optimizer.own else ADAMW_STATE
