@@ -315,7 +315,7 @@ from training.loop import planned_steps, rank, train, world
 from training.data import batches, pack
 from transformers import AutoTokenizer
 
-folder, vocabulary, stage, every, deadly = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
+folder, vocabulary, stage, every, deadly, optimizer = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), *sys.argv[5:]
 die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 calls = iter(range(10**6))
 
@@ -329,7 +329,7 @@ if deadly.startswith("saving-"):  # the second time that a checkpoint gets to th
     module = os if name == "replace" else checkpoints
     own = getattr(module, name)
     setattr(module, name, lambda *args: die() if next(place) == 1 else own(*args))
-settings = t.FAST.model_copy(update={"zero_stage": stage, "checkpoint_every": every})
+settings = t.FAST.model_copy(update={"zero_stage": stage, "checkpoint_every": every, "optimizer": optimizer})
 model = build_model(t.TINY.model_copy(update={"dropout": 0.0}), AutoTokenizer.from_pretrained(vocabulary), None, seed=7)
 loader = batches(pack(t.examples(), 48), 192, seed=9, rank=rank(), world=world())
 folder.mkdir(exist_ok=True)
@@ -346,12 +346,14 @@ class Launcher:
         tokenizer.save_pretrained(folder / "vocabulary")
         self.script.write_text(SCRIPT)
 
-    def __call__(self, name: str, stage: int, count: int = 1, every: int = 0, deadly: str = "never") -> list[dict[str, float]]:
+    def __call__(
+        self, name: str, stage: int, count: int = 1, every: int = 0, deadly: str = "never", optimizer: str = "adamw"
+    ) -> list[dict[str, float]]:
         """The curve, as far as it came, without the seconds."""
         env = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
         env |= {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"] if count > 1 else []
-        words = [str(self.folder / name), str(self.folder / "vocabulary"), str(stage), str(every), deadly]
+        words = [str(self.folder / name), str(self.folder / "vocabulary"), str(stage), str(every), deadly, optimizer]
         done = subprocess.run(
             [sys.executable, *launch, str(self.script), *words], env=env, capture_output=True, text=True, timeout=500, cwd=PROJECT
         )
@@ -374,9 +376,9 @@ def test_killed_anywhere_a_training_comes_to_the_curve_of_an_unkilled_one(launch
         assert launch("killed", stage=1, every=3) == whole, deadly
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_two_processes_train_like_one(launch: Launcher, stage: int) -> None:
-    for one, two in zip(launch("one", stage), launch("two", stage, count=2), strict=True):
+@pytest.mark.parametrize(("stage", "optimizer"), [(0, "muon"), (2, "adamw"), (3, "adamw")])
+def test_two_processes_train_like_one(launch: Launcher, stage: int, optimizer: str) -> None:
+    for one, two in zip(launch("one", stage, optimizer=optimizer), launch("two", stage, count=2, optimizer=optimizer), strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
         assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
         assert two["tokens"] == one["tokens"]
