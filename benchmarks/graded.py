@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import clicks
-from benchmarks.stages import gr2, told
+from benchmarks.stages import gr2, header, told
 from gr2.artifacts import resolve
 from gr2.rewards import auc, ndcg
 from schemas.lake import Lake
@@ -77,7 +77,7 @@ def main() -> None:
     log = {r["request_id"]: r["candidate_ids"] for r in rows if r["request_id"] in judged}
     base = values_of(log, grades, truth)
     bought = sum(max(grades[owner].values()) > 1 for owner in judged)
-    print(f"\n{len(judged):,} test slates, {bought:,} of them with a purchase\n")
+    print(header("graded") + f"\n{len(judged):,} test slates, {bought:,} of them with a purchase\n")
     print("| order | " + " | ".join(f"{name} | over the log's order" for name in base) + " |\n| --- |" + " --- | --- |" * len(base))
     for name, orders in {"the log's": log, **results}.items():
         values = values_of({owner: order for owner, order in orders.items() if owner in judged}, grades, truth)

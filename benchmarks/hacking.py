@@ -1,6 +1,6 @@
 """Do policies learn to copy? Slots in a row or a grid, candidates shown shuffled or as they came, reward with and without its condition.
 
-    python -m benchmarks.hacking --work FOLDER [--steps 40] [--only row/shuffled ...]        (about forty minutes on two cores)
+    python -m benchmarks.hacking --work FOLDER [--steps 120] [--only row/shuffled ...]        (about forty minutes on two cores)
 
 The demo's marketplace, lists from its log (the incoming order is the order of slots, which people look at from the top). For each layout
 and way of showing, the stages run up to SFT once; then the student is trained by RL twice, with rl.conditional true and false. What its
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.stages import gr2
+from benchmarks.stages import gr2, header
 from gr2.answers import parse
 from gr2.artifacts import resolve
 from schemas.lake import Lake
@@ -81,7 +81,7 @@ def main() -> None:
     """Runs what is not there yet, prints all of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--only", nargs="+", help="such as row/shuffled")
     given = parser.parse_args()
     results: dict[str, list[dict[str, Any]]] = {}
@@ -97,9 +97,9 @@ def main() -> None:
                 done.write_text(json.dumps(steps_of(root)))
             results[f"{layout}, {shown}, {reward}"] = json.loads(done.read_text())
     keys = [key for key in next(iter(results.values()))[0] if key != "step"]
-    print("\n| slots, shown, reward | steps | " + " | ".join(keys) + " |\n| --- | --- |" + " --- |" * len(keys))
+    print(header("hacking") + "\n| slots, shown, reward | steps | " + " | ".join(keys) + " |\n| --- | --- |" + " --- |" * len(keys))
     for name, found in results.items():
-        show(name, found, 10)
+        show(name, found, max(1, given.steps // 4))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.ranking import SHOWN, Run
-from benchmarks.stages import gr2, told
+from benchmarks.stages import gr2, header, told
 from gr2.artifacts import resolve
 
 REFERENCE = "reference"
@@ -121,7 +121,7 @@ def run(base: Path, work: Path, profile: str, name: str, variant: Variant) -> di
 def show(results: dict[str, dict[str, Any]]) -> None:
     """The table."""
     columns = ("variant", "order", "users", "R@1", "R@3", "N@3", "N@3 over the reference (RL, thinks)", "tokens")
-    print("\n| " + " | ".join(columns) + " |\n|" + " --- |" * len(columns))
+    print(header("method") + "\n| " + " | ".join(columns) + " |\n|" + " --- |" * len(columns))
     base = results[REFERENCE]["rl/think/ndcg@3"]
     for name, found in results.items():
         for system in dict.fromkeys(key.rsplit("/", 1)[0] for key in found):
