@@ -80,7 +80,7 @@ class Simulator(Section):
     requests_per_user_day: float = Field(0.6, gt=0)
     slate: Positive = 10
     columns: Positive = 1  # 1: slots in a row; more: a grid of rows and columns
-    position_decay: Share = 0.75  # P(look at slot k) relative to slot k - 1
+    position_decay: Share = 0.75  # P(look at slot k) relative to slot k - 1; in a grid, of a row to the one above
     late_share: Share = 0.02
     duplicate_share: Share = 0.01
     malformed_share: Share = 0.005

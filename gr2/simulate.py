@@ -30,8 +30,12 @@ BLOCK = 2048  # requests scored at once: memory is BLOCK x items
 
 
 def examination(settings: Simulator) -> np.ndarray:
-    """P(somebody looks at a slot), by reading order (row by row), shape (slate,): 1, decay, decay^2, ..."""
-    return settings.position_decay ** np.arange(settings.slate)
+    """P(somebody looks at a slot), by reading order (row by row), shape (slate,): 1, decay, decay^2, ... for slots in a row.
+
+    In a grid attention falls from row to row, and half as fast from the middle column to the sides (middle bias: Xie et al., 2019).
+    """
+    row_S, column_S = np.divmod(np.arange(settings.slate), settings.columns)
+    return settings.position_decay ** (row_S + np.abs(column_S - settings.columns // 2) / 2)
 
 
 @dataclass(frozen=True)

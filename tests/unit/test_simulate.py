@@ -93,6 +93,16 @@ def test_clicks_follow_relevance_times_examination():
     assert 0.1 < slates.purchase_RS.sum() / slates.click_RS.sum() < 0.6
 
 
+def test_in_a_grid_the_middle_of_a_row_is_looked_at_most_and_upper_rows_more_than_lower():
+    look = simulate.examination(Simulator(slate=10, columns=5, position_decay=0.25))
+    assert look.reshape(2, 5).tolist() == [[0.25, 0.5, 1.0, 0.5, 0.25], [0.0625, 0.125, 0.25, 0.125, 0.0625]]
+    s = Simulator(users=3000, items=120, requests_per_user_day=2.0, new_items_per_day=0, columns=5)
+    slates = simulate.Market(s, 3).step()
+    chance_RS = slates.relevance_RS * simulate.examination(s)
+    error = np.sqrt((chance_RS * (1 - chance_RS)).sum(axis=0))
+    assert (np.abs(slates.click_RS.sum(axis=0) - chance_RS.sum(axis=0)) < 4 * error).all()
+
+
 def test_the_truth_of_a_day_is_what_the_day_was_lived_by():
     market = simulate.market_at(SMALL, 5, 3)
     users = np.arange(SMALL.users)
