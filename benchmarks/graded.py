@@ -5,7 +5,7 @@
 The demo's marketplace, logged slates of five: a click has grade 1, a purchase 2, and counts what its slot takes from it
 (candidates.debias = position). The stages run up to SFT once; then the student is trained by RL once for each reward, and what thinks and
 what scores orders the test slates. Printed for each: NDCG and AUC of the log's grades, NDCG of the true relevance, and the paired
-difference of each to the order of the log, with its 95 % bootstrap interval over slates.
+difference of each to the order of the log, with its 95 % bootstrap interval over slates; of the last also to SFT in the same mode.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import clicks
-from benchmarks.stages import gr2, header, told
+from benchmarks.stages import SEED, gr2, header, told
 from gr2.artifacts import resolve
 from gr2.rewards import auc, ndcg
 from schemas.lake import Lake
@@ -75,14 +75,26 @@ def main() -> None:
     truth = clicks.truths(root / "truth")
     judged = set.intersection(*(set(o) for o in results.values()))
     log = {r["request_id"]: r["candidate_ids"] for r in rows if r["request_id"] in judged}
+    draw = np.random.default_rng(SEED)
+    by_chance = {owner: list(draw.permutation(items)) for owner, items in sorted(log.items())}
     base = values_of(log, grades, truth)
     bought = sum(max(grades[owner].values()) > 1 for owner in judged)
     print(header("graded") + f"\n{len(judged):,} test slates, {bought:,} of them with a purchase\n")
-    print("| order | " + " | ".join(f"{name} | over the log's order" for name in base) + " |\n| --- |" + " --- | --- |" * len(base))
-    for name, orders in {"the log's": log, **results}.items():
-        values = values_of({owner: order for owner, order in orders.items() if owner in judged}, grades, truth)
-        cells = [f"{v.mean():.4f} | {told(v - base[metric], signed=True)}" for metric, v in values.items()]
-        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+    print(
+        "| order | "
+        + " | ".join(f"{name} | over the log's order" for name in base)
+        + " | over SFT |\n| --- |"
+        + " --- |" * (2 * len(base) + 1)
+    )
+    values = {
+        name: values_of({owner: order for owner, order in orders.items() if owner in judged}, grades, truth)
+        for name, orders in {"by chance": by_chance, "the log's": log, **results}.items()
+    }
+    for name, own in values.items():
+        cells = [f"{v.mean():.4f} | {told(v - base[metric], signed=True)}" for metric, v in own.items()]
+        taught = values.get("SFT" + name[name.find(",") :]) if name.startswith("RL") else None
+        last = told(own["NDCG of the truth"] - taught["NDCG of the truth"], signed=True) if taught else ""
+        print(f"| {name} | " + " | ".join(cells) + f" | {last} |", flush=True)
 
 
 if __name__ == "__main__":
