@@ -1,6 +1,6 @@
 """Graded rewards from impressions: what RL makes of clicks and purchases, by the log and by the relevance that the simulator knows.
 
-    python -m benchmarks.graded --work FOLDER [--steps 40] [--users 1500]        (about forty minutes on two cores)
+    python -m benchmarks.graded --work FOLDER [--steps 120] [--users 1500]        (about half an hour on two cores)
 
 The demo's marketplace, logged slates of five: a click has grade 1, a purchase 2, and counts what its slot takes from it
 (candidates.debias = position). The stages run up to SFT once; then the student is trained by RL once for each reward, and what thinks and
@@ -56,7 +56,7 @@ def main() -> None:
     """Runs what is not there yet, prints all of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--users", type=int, default=1500)
     given = parser.parse_args()
     root = given.work.resolve() / "root"

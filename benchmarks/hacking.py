@@ -1,6 +1,6 @@
 """Do policies learn to copy? Slots in a row or a grid, candidates shown shuffled or as they came, reward with and without its condition.
 
-    python -m benchmarks.hacking --work FOLDER [--steps 120] [--only row/shuffled ...]        (about forty minutes on two cores)
+    python -m benchmarks.hacking --work FOLDER [--steps 120] [--only row/shuffled ...]        (about fifty minutes on two cores)
 
 The demo's marketplace, lists from its log (the incoming order is the order of slots, which people look at from the top). For each layout
 and way of showing, the stages run up to SFT once; then the student is trained by RL twice, with rl.conditional true and false. What its
