@@ -21,6 +21,7 @@ from gr2.rewards import auc, ndcg
 from schemas.lake import Lake
 
 REWARDS = ("gr2", "normalised", "ndcg", "auc")
+LOGGED, TRUE = "the log's", "NDCG of the truth"
 SETTINGS = [
     "candidates.source=log", "candidates.n=5", "simulator.slate=10", "candidates.debias=position", "data.max_requests_per_user=20",
     "midtrain.teacher.epochs=1", "sft.teacher.max_steps=50", "rl.teacher.max_steps=1", "rl.validate_every=10", "scoring.replicas=1",
@@ -48,8 +49,20 @@ def values_of(orders: Orders, grades: dict[str, dict[str, float]], truth: dict[s
     return {
         "NDCG of the log": np.array([ndcg(row) for row in read.values()]),
         "AUC of the log": np.array([auc(row) for row in read.values()]),
-        "NDCG of the truth": clicks.ndcg(-np.broadcast_to(np.arange(truth_RN.shape[1]), truth_RN.shape), truth_RN),
+        TRUE: clicks.ndcg(-np.broadcast_to(np.arange(truth_RN.shape[1]), truth_RN.shape), truth_RN),
     }
+
+
+def show(values: dict[str, dict[str, np.ndarray]]) -> None:
+    """The table: each order against the log's, and RL against SFT in its mode."""
+    base = values[LOGGED]
+    columns = ["order", *(column for name in base for column in (name, "over the log's order")), "over SFT"]
+    print("| " + " | ".join(columns) + " |\n|" + " --- |" * len(columns))
+    for name, own in values.items():
+        cells = [f"{v.mean():.4f} | {told(v - base[metric], signed=True)}" for metric, v in own.items()]
+        taught = values[f"SFT, {name.rpartition(', ')[2]}"] if name.startswith("RL") else None
+        cells.append(told(own[TRUE] - taught[TRUE], signed=True) if taught else "")
+        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
 
 
 def main() -> None:
@@ -77,24 +90,10 @@ def main() -> None:
     log = {r["request_id"]: r["candidate_ids"] for r in rows if r["request_id"] in judged}
     draw = np.random.default_rng(SEED)
     by_chance = {owner: list(draw.permutation(items)) for owner, items in sorted(log.items())}
-    base = values_of(log, grades, truth)
+    shared = {name: {owner: orders[owner] for owner in judged} for name, orders in results.items()}
     bought = sum(max(grades[owner].values()) > 1 for owner in judged)
     print(header("graded") + f"\n{len(judged):,} test slates, {bought:,} of them with a purchase\n")
-    print(
-        "| order | "
-        + " | ".join(f"{name} | over the log's order" for name in base)
-        + " | over SFT |\n| --- |"
-        + " --- |" * (2 * len(base) + 1)
-    )
-    values = {
-        name: values_of({owner: order for owner, order in orders.items() if owner in judged}, grades, truth)
-        for name, orders in {"by chance": by_chance, "the log's": log, **results}.items()
-    }
-    for name, own in values.items():
-        cells = [f"{v.mean():.4f} | {told(v - base[metric], signed=True)}" for metric, v in own.items()]
-        taught = values.get("SFT" + name[name.find(",") :]) if name.startswith("RL") else None
-        last = told(own["NDCG of the truth"] - taught["NDCG of the truth"], signed=True) if taught else ""
-        print(f"| {name} | " + " | ".join(cells) + f" | {last} |", flush=True)
+    show({name: values_of(orders, grades, truth) for name, orders in {"by chance": by_chance, LOGGED: log, **shared}.items()})
 
 
 if __name__ == "__main__":

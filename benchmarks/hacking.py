@@ -2,7 +2,8 @@
 
     python -m benchmarks.hacking --work FOLDER [--steps 120] [--only row/shuffled ...]        (about fifty minutes on two cores)
 
-The demo's marketplace, lists from its log (the incoming order is the order of slots, which people look at from the top). For each layout
+The demo's marketplace, lists from its log (the incoming order is the reading order of slots: people look from the
+top of a row, in a grid at the middle first). For each layout
 and way of showing, the stages run up to SFT once; then the student is trained by RL twice, with rl.conditional true and false. What its
 sampled answers do is read from the stored rollouts: copies of either order, Kendall's tau with them, how far the first slot is favoured as
 first choice (1: as chance has it), reward, and N@3 of greedy answers to held-out requests. Only prompts whose target was not moved count
@@ -69,8 +70,9 @@ def _mean(values: Any) -> float:
     return float(np.mean(numbers)) if numbers else float("nan")
 
 
-def show(name: str, found: list[dict[str, Any]], at: int) -> None:
-    """Means over windows of `at` steps."""
+def show(name: str, found: list[dict[str, Any]]) -> None:
+    """Means over quarters of a training."""
+    at = max(1, len(found) // 4)
     for start in range(0, len(found), at):
         part = found[start : start + at]
         cells = [f"{_mean(step[key] for step in part):.3f}" for key in part[0] if key != "step"]
@@ -99,7 +101,7 @@ def main() -> None:
     keys = [key for key in next(iter(results.values()))[0] if key != "step"]
     print(header("hacking") + "\n| slots, shown, reward | steps | " + " | ".join(keys) + " |\n| --- | --- |" + " --- |" * len(keys))
     for name, found in results.items():
-        show(name, found, max(1, given.steps // 4))
+        show(name, found)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ VARIANTS: dict[str, list[str]] = {
 }
 SHIPPED, SHIPPED_SHAPE = "LETTER's codes", ["tokenizer.levels=4", "tokenizer.codes=256"]
 RETRIEVER = [
+    "midtrain.student.optimizer=adamw", "midtrain.student.zero_stage=1",  # as the rows of before the profile had Muon
     "midtrain.student.epochs=3", "midtrain.refit.epochs=0.02", "midtrain.teacher.epochs=0.02",
     "candidates.max_requests=10", "candidates.max_valid=10000", "tokenizer.min_uniqueness=0",
     "midtrain.own_vectors=false", "candidates.pair_share=0", "sasrec.share=0",  # the codes alone
