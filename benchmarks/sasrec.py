@@ -1,11 +1,12 @@
 """What a user would deploy instead of a generative pre-ranker: SASRec with a softmax over all items, on the same interactions and requests.
 
-    python -m benchmarks.sasrec --root var/beauty [--minutes 15] [--seeds 13 14 15] [--lists 20 --work FOLDER]
+    python -m benchmarks.sasrec --roots ROOT [ROOT ...] [--minutes 15] [--seeds 13 14 15] [--lists 20 --work FOLDER]
 
-Reads `interactions` and `candidates` of a root whose run has come as far as `candidates`. Trains on what the pre-ranker of the test lists
-trained on (all but each user's validation and test item), ranks all items but the user's own for each test request, and prints both side by
-side with the paired difference and its 95 % bootstrap interval over users. The number of epochs is chosen on the validation targets by a
-model that saw only the pretrain split, as the pre-ranker's was.
+Reads `interactions` and `candidates` of roots whose runs have come as far as `candidates`: the same data, one root a seed of the
+pre-ranker. Trains on what the pre-ranker of the test lists trained on (all but each user's validation and test item), once for each of
+`--seeds`, ranks all items but the user's own for each test request, and prints both side by side, each averaged over its seeds, with the
+paired difference and its 95 % bootstrap interval over users. The number of epochs is chosen on the validation targets by a model that saw
+only the pretrain split, as the pre-ranker's was.
 
 With --lists, its best items become the lists of a copy of the root's tables (rerank and valid by the model of the pretrain split), with the
 evidence of each candidate, and LambdaMART puts them in order, as it does the pre-ranker's: what the usual pair of tools gives.
@@ -32,7 +33,7 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 import schemas  # noqa: E402
-from benchmarks.stages import gr2  # noqa: E402
+from benchmarks.stages import gr2, header  # noqa: E402
 from gr2.config import Config, load  # noqa: E402
 from gr2.context import Context  # noqa: E402
 from gr2.metrics import paired_bootstrap, values  # noqa: E402
@@ -181,6 +182,14 @@ def reordered(profile: str, root: Path, work: Path, data: Data, models: dict[str
             print(f"| {slice_} | {model} | " + " | ".join(f"{values(m, own).mean():.4f}" for m in LISTED) + " |")
 
 
+def full_ranks(root: Path, data: Data) -> np.ndarray:
+    """(R,) the pre-ranker's rank of each test target of `data`, 0 where beams did not find it."""
+    rows = Lake(root).read("candidates", ["request_id", "target_id", "full_rank"], order_by=["request_id"], split="test").to_pylist()
+    if [(r["request_id"], r["target_id"]) for r in rows] != [(r["request_id"], r["target_id"]) for r in data.requests["test"]]:
+        raise SystemExit(f"{root} holds other test requests than the first root: name roots of one data set, one a seed")
+    return np.array([r["full_rank"] or 0 for r in rows])
+
+
 def place(order: list[str], target: str) -> int:
     """Rank of the target; 0 where it is not listed."""
     return order.index(target) + 1 if target in order else 0
@@ -189,7 +198,7 @@ def place(order: list[str], target: str) -> int:
 def main() -> None:
     """Chooses, trains, prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, required=True)
+    parser.add_argument("--roots", type=Path, nargs="+", required=True, help="one a seed; the first gives the data")
     parser.add_argument("--minutes", type=float, default=15, help="longest training")
     parser.add_argument("--seeds", type=int, nargs="+", default=[13])
     parser.add_argument("--lists", type=int, default=0, help="size of the lists that LambdaMART orders; 0: none")
@@ -198,23 +207,22 @@ def main() -> None:
     given = parser.parse_args()
     if given.lists and not given.work:
         parser.error("--lists needs --work")
-    data = Data(given.root)
+    data = Data(given.roots[0])
+    own = [full_ranks(root, data) for root in given.roots]
     epochs, early = chosen_epochs(data, given.minutes)
     rows = data.requests["test"]
-    own = np.array([r["full_rank"] or 0 for r in rows], np.float64)
     models = [fitted(data.sequences("refit"), list(data.number), epochs, seed, given.minutes) for seed in given.seeds]
     theirs = [data.ranks(model, "test") for model in models]
-    print(
-        f"\n{epochs} epochs, seeds {given.seeds}\n\n| slice | metric | SASRec | pre-ranker | difference |\n| --- | --- | --- | --- | --- |"
-    )
+    print(f"\n{header('sasrec')}\n{epochs} epochs, seeds {given.seeds}; pre-rankers: {len(own)}\n")
+    print("| slice | metric | SASRec | pre-ranker | difference |\n| --- | --- | --- | --- | --- |")
     for slice_ in ("all", "later_day"):
         inside = np.array([slice_ in ("all", r["slice"]) for r in rows], bool)
         for metric in METRICS:
-            a, b = values(metric, own)[inside], np.mean([values(metric, r.astype(np.float64)) for r in theirs], axis=0)[inside]
+            a, b = (np.mean([values(metric, r.astype(np.float64)) for r in each], axis=0)[inside] for each in (own, theirs))
             mean, low, high = paired_bootstrap(a, b, 1000, 13)
             print(f"| {slice_} | {metric} | {b.mean():.4f} | {a.mean():.4f} | {mean:+.4f} [{low:+.4f}, {high:+.4f}] |", flush=True)
     if given.lists:
-        reordered(given.profile, given.root, given.work, data, {"train": early, "refit": models[0]}, given.lists)
+        reordered(given.profile, given.roots[0], given.work, data, {"train": early, "refit": models[0]}, given.lists)
 
 
 if __name__ == "__main__":
