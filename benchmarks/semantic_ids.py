@@ -25,6 +25,7 @@ from benchmarks.stages import gr2
 VARIANTS: dict[str, list[str]] = {
     "rqvae": [],
     "rqvae, codebooks by gradient": ["tokenizer.ema=0"],
+    "rqvae, dead codes reset": ["tokenizer.reset_after=50"],
     "rqvae, no k-means start": ["tokenizer.kmeans_init=false"],
     "rqvae, no k-means start, reset": ["tokenizer.kmeans_init=false", "tokenizer.reset_after=20"],
     "rqvae, diversity": ["tokenizer.diversity=0.1"],
