@@ -38,10 +38,11 @@ VARIANTS: dict[str, list[str]] = {
     "rqkmeans, random last level": ["tokenizer.builder=rqkmeans", "tokenizer.collisions=random"],
 }
 SHIPPED, SHIPPED_SHAPE = "LETTER's codes", ["tokenizer.levels=4", "tokenizer.codes=256"]
+SEED = 13
 RETRIEVER = [
     "midtrain.student.optimizer=adamw", "midtrain.student.zero_stage=1",  # as the rows of before the profile had Muon
     "midtrain.student.epochs=3", "midtrain.refit.epochs=0.02", "midtrain.teacher.epochs=0.02",
-    "candidates.max_requests=10", "candidates.max_valid=10000", "tokenizer.min_uniqueness=0",
+    "candidates.max_requests=10", "candidates.max_valid=10000", "tokenizer.min_uniqueness=0", "tokenizer.reset_after=0",
     "midtrain.own_vectors=false", "candidates.pair_share=0", "sasrec.share=0",  # the codes alone
 ]  # fmt: skip
 
@@ -98,20 +99,21 @@ def quality(root: Path) -> dict[str, float]:
     return {**found, "se": float(values("recall@10", ranks_B).std() / len(ranks_B) ** 0.5), "requests": len(ranks_B)}
 
 
-def run(work: Path, name: str, settings: list[str], letter: Path | None) -> dict[str, Any]:
+def run(work: Path, name: str, settings: list[str], letter: Path | None, seed: int) -> dict[str, Any]:
     """One variant: its codes' health and its retriever's figures."""
-    root = work / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    name = name if seed == SEED else f"{name}, seed {seed}"
+    root, settings = work / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-"), [*RETRIEVER, *settings, f"seed={seed}"]
     done = root / "result.json"
     if done.exists():
         return dict(json.loads(done.read_text()))
     shutil.rmtree(root, ignore_errors=True)
     shutil.copytree(work / "base", root, ignore=shutil.ignore_patterns("tmp"))
     began = time.monotonic()
-    build(root, "tokenizer", "semantic_ids", [*RETRIEVER, *settings])
+    build(root, "tokenizer", "semantic_ids", settings)
     health = json.loads((root / "runs" / "semantic_ids.json").read_text())["detail"]
-    if name == SHIPPED and letter:
+    if name.startswith(SHIPPED) and letter:
         health = shipped(root, letter)
-    build(root, "midtrain_examples", "candidates", [*RETRIEVER, *settings])
+    build(root, "midtrain_examples", "candidates", settings)
     found = {"name": name, "seconds": time.monotonic() - began, "health": health, **quality(root)}
     done.write_text(json.dumps(found))
     for folder in ("models", "work", "tables"):
@@ -139,6 +141,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--letter", type=Path, help="others' codes")
     parser.add_argument("--only", nargs="+", help="names of variants")
+    parser.add_argument("--seed", type=int, default=SEED, help="of codes and retrievers; another one has rows of its own")
     given = parser.parse_args()
     if not os.environ.get("GR2_DATA"):
         parser.error("GR2_DATA must name the folder of Amazon Beauty")
@@ -148,7 +151,7 @@ def main() -> None:
     chosen = {**VARIANTS, **({SHIPPED: SHIPPED_SHAPE} if given.letter else {})}
     rows = []
     for name in given.only or chosen:
-        rows.append(run(work, name, chosen[name], given.letter))
+        rows.append(run(work, name, chosen[name], given.letter, given.seed))
         show(rows)
 
 
