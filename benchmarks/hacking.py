@@ -2,12 +2,11 @@
 
     python -m benchmarks.hacking --work FOLDER [--steps 120] [--only row/shuffled ...]        (about fifty minutes on two cores)
 
-The demo's marketplace, lists from its log (the incoming order is the reading order of slots: people look from the
-top of a row, in a grid at the middle first). For each layout
-and way of showing, the stages run up to SFT once; then the student is trained by RL twice, with rl.conditional true and false. What its
-sampled answers do is read from the stored rollouts: copies of either order, Kendall's tau with them, how far the first slot is favoured as
-first choice (1: as chance has it), reward, and N@3 of greedy answers to held-out requests. Only prompts whose target was not moved count
-for copies and tau with the incoming order: where it was, that order is drawn.
+The demo's marketplace, lists from its log (the incoming order is the reading order of slots: people look from the top of a row, in a grid
+at the middle first). For each layout and way of showing, the stages run up to SFT once; then the student is trained by RL twice, with
+rl.conditional true and false. What its sampled answers do is read from the stored rollouts: copies of either order, Kendall's tau with
+them, how far the first slot is favoured as first choice (1: as chance has it), reward, and N@3 of greedy answers to held-out requests. Only
+prompts whose target was not moved count for copies and tau with the incoming order: where it was, that order is drawn.
 """
 
 import argparse

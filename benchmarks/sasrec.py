@@ -116,7 +116,7 @@ class Data:
             for fit, splits in FITS.items():
                 if row["split"] in splits:
                     self.of[fit].setdefault(row["user_id"], []).append(self.number[row["item_id"]])
-        columns = [*(c for c in REQUEST if c != "seen_ids"), "full_rank"]
+        columns = [c for c in REQUEST if c != "seen_ids"]
         self.names = ["", *names]
         self.requests = {s: lake.read("candidates", columns, order_by=["request_id"], split=s).to_pylist() for s in SPLITS}
 
@@ -185,7 +185,8 @@ def reordered(profile: str, root: Path, work: Path, data: Data, models: dict[str
 def full_ranks(root: Path, data: Data) -> np.ndarray:
     """(R,) the pre-ranker's rank of each test target of `data`, 0 where beams did not find it."""
     rows = Lake(root).read("candidates", ["request_id", "target_id", "full_rank"], order_by=["request_id"], split="test").to_pylist()
-    if [(r["request_id"], r["target_id"]) for r in rows] != [(r["request_id"], r["target_id"]) for r in data.requests["test"]]:
+    asked, theirs = ([(r["request_id"], r["target_id"]) for r in each] for each in (data.requests["test"], rows))
+    if asked != theirs:
         raise SystemExit(f"{root} holds other test requests than the first root: name roots of one data set, one a seed")
     return np.array([r["full_rank"] or 0 for r in rows])
 
@@ -213,12 +214,12 @@ def main() -> None:
     rows = data.requests["test"]
     models = [fitted(data.sequences("refit"), list(data.number), epochs, seed, given.minutes) for seed in given.seeds]
     theirs = [data.ranks(model, "test") for model in models]
-    print(f"\n{header('sasrec')}\n{epochs} epochs, seeds {given.seeds}; pre-rankers: {len(own)}\n")
+    print(f"{header('sasrec')}\n{epochs} epochs, seeds {given.seeds}; pre-rankers: {len(own)}\n")
     print("| slice | metric | SASRec | pre-ranker | difference |\n| --- | --- | --- | --- | --- |")
     for slice_ in ("all", "later_day"):
         inside = np.array([slice_ in ("all", r["slice"]) for r in rows], bool)
         for metric in METRICS:
-            a, b = (np.mean([values(metric, r.astype(np.float64)) for r in each], axis=0)[inside] for each in (own, theirs))
+            a, b = (np.mean([values(metric, ranks_R) for ranks_R in each], axis=0)[inside] for each in (own, theirs))
             mean, low, high = paired_bootstrap(a, b, 1000, 13)
             print(f"| {slice_} | {metric} | {b.mean():.4f} | {a.mean():.4f} | {mean:+.4f} [{low:+.4f}, {high:+.4f}] |", flush=True)
     if given.lists:

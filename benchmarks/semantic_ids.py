@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.stages import gr2
+from benchmarks.stages import SEED, gr2
 
 VARIANTS: dict[str, list[str]] = {
     "rqvae": [],
@@ -38,7 +38,6 @@ VARIANTS: dict[str, list[str]] = {
     "rqkmeans, random last level": ["tokenizer.builder=rqkmeans", "tokenizer.collisions=random"],
 }
 SHIPPED, SHIPPED_SHAPE = "LETTER's codes", ["tokenizer.levels=4", "tokenizer.codes=256"]
-SEED = 13
 RETRIEVER = [
     "midtrain.student.optimizer=adamw", "midtrain.student.zero_stage=1",  # as the rows of before the profile had Muon
     "midtrain.student.epochs=3", "midtrain.refit.epochs=0.02", "midtrain.teacher.epochs=0.02",
