@@ -7,6 +7,9 @@ distillation. Its teacher is the reference's own student after RL, which has had
 variant is a copy of the reference in which the stages run again that its switch touches; kept are the figures of the models that answer its
 question. What is finished is not run again; the table of all that is finished is printed each time: users whose target is in the list, the
 tokens of an answer, and the difference to the reference (RL, thinks), paired over users, with its 95 % bootstrap interval.
+
+With --stages only those of the stages run, for what is asked for, and nothing is judged: so another machine may do the training.
+--sampler torch makes it sample without vLLM (`benchmarks.sampler`), --set says what else is its own.
 """
 
 import argparse
@@ -20,6 +23,7 @@ import numpy as np
 
 from benchmarks.ranking import SHOWN, Run
 from benchmarks.stages import gr2, header, told
+from gr2 import pipeline
 from gr2.artifacts import resolve
 
 REFERENCE = "reference"
@@ -51,7 +55,9 @@ LARGER = (
     "rl.teacher={lr: 0.0003, warmup: 0.1, max_steps: 40, tokens_per_batch: 8192}",
 )
 VARIANTS: dict[str, Variant] = {
-    REFERENCE: Variant((), (), (*MODES, *ON_POLICY[1:])),
+    REFERENCE: Variant(
+        ("reasoning_traces", *TAUGHT, "rl_prompts", "rl", "opd", "baselines"), (), (*MODES, *ON_POLICY[1:])
+    ),
     "RL without SFT": Variant(("rl",), ("rl.start=midtrain",), (("rl", "think"),)),
     "targeted traces": Variant((*TAUGHT, "rl"), ("sft.traces=targeted",)),
     "1,000 traces": Variant((*TAUGHT, "opd"), ("sft.max_traces=1000", "sft.drills=0"), ON_POLICY),
@@ -74,47 +80,74 @@ VARIANTS: dict[str, Variant] = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Bench:
+    """Where all takes place, and how stages run on this machine."""
+
+    root: Path
+    work: Path
+    profile: str
+    sampler: str
+    settings: tuple[str, ...]
+
+    def folder(self, name: str) -> Path:
+        """The root of a variant."""
+        return self.work / "".join(c if c.isalnum() else "-" for c in name)
+
+    def stage(self, name: str, stage: str, settings: tuple[str, ...] = ()) -> None:
+        """Runs a stage of a variant, unless that was done: in a copy of the reference, with models of it that the variant lacks."""
+        folder, base = self.folder(name), self.folder(REFERENCE)
+        done = folder / "done" / stage
+        if done.exists():
+            return
+        if not folder.exists():
+            copied(self.root if name == REFERENCE else base, folder)
+        for model in (base / "models").iterdir():
+            if (model / "current.json").exists() and not (folder / "models" / model.name).exists():
+                shutil.copytree(model, folder / "models" / model.name)
+        module = "benchmarks.sampler" if self.sampler == "torch" and stage in ("rl", "opd") else "gr2"
+        teacher = [EQUAL] if stage == "opd" else []  # no other stage is to train one, unless the variant asks
+        gr2(self.profile, folder, ["stage", stage], [*BASE, *teacher, *VARIANTS[name].settings, *settings, *self.settings], module)
+        if name == REFERENCE and stage == "rl":
+            teach(folder)
+        done.parent.mkdir(exist_ok=True)
+        done.touch()
+
+
 def copied(root: Path, folder: Path) -> None:
     """A root's tables, models and records."""
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(root, folder, ignore=shutil.ignore_patterns(*LEFT_OUT))
+    draft = folder.with_name(f".{folder.name}")
+    shutil.rmtree(draft, ignore_errors=True)
+    shutil.copytree(root, draft, ignore=shutil.ignore_patterns(*LEFT_OUT, "done"))
+    draft.rename(folder)
 
 
-def reference(root: Path, folder: Path, profile: str) -> None:
-    """Builds the reference, unless it is there. What is left of a killed build goes on."""
-    if (folder / "ready").exists():
-        return
-    if not folder.exists():
-        copied(root, folder)
-    gr2(profile, folder, ["run", "--from", "reasoning_traces", "--to", "rl"], BASE)
+def teach(folder: Path) -> None:
+    """The student after RL as the teacher, too."""
     pointer = {"hash": resolve(folder, "rl", "rl").hash}
     shutil.copytree(folder / "models" / "rl", folder / "models" / "rl-teacher", dirs_exist_ok=True)
     (folder / "models" / "rl-teacher" / "current.json").write_text(json.dumps(pointer))
-    gr2(profile, folder, ["stage", "opd"], [*BASE, EQUAL])
-    gr2(profile, folder, ["stage", "baselines"], BASE)
-    (folder / "ready").touch()
 
 
-def run(base: Path, work: Path, profile: str, name: str, variant: Variant) -> dict[str, Any]:
-    """Runs a variant, or reads what an earlier call came to."""
-    folder = work / "".join(c if c.isalnum() else "-" for c in name)
-    done = work / f"{folder.name}.json"
+def run(bench: Bench, name: str) -> dict[str, Any]:
+    """Runs what is left of a variant, or reads what an earlier call came to."""
+    variant, folder = VARIANTS[name], bench.folder(name)
+    done = bench.work / f"{folder.name}.json"
     if done.exists():
         return dict(json.loads(done.read_text()))
-    copied(base, folder)
     asked: dict[str, list[str]] = {}
     for model, mode in variant.systems:
         asked.setdefault(model, []).append(mode)
     modes = ", ".join(f"{model}: [{', '.join(each)}]" for model, each in asked.items())
     scored = f"scoring.models={{{modes}}}"
     for stage in (*variant.stages, "rerank_scores"):
-        teacher = [EQUAL] if stage == "opd" else []  # no other stage is to train one, unless the variant asks
-        gr2(profile, folder, ["stage", stage], [*BASE, scored, *teacher, *variant.settings])
-    made = Run(profile, folder, [scored])
+        bench.stage(name, stage, (scored,) if stage == "rerank_scores" else ())
+    made = Run(bench.profile, folder, [*variant.settings, scored])
     found: dict[str, Any] = {"/".join((*s, metric)): made.values[(*s, metric)] for s in variant.systems for metric in SHOWN}
     found |= {"/".join((*s, "tokens")): made.tokens[s] for s in variant.systems}
     done.write_text(json.dumps(found))
-    shutil.rmtree(folder)
+    if name != REFERENCE:
+        shutil.rmtree(folder)
     return found
 
 
@@ -140,13 +173,20 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--profile", default="beauty")
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), help="names of variants; the reference always comes first")
+    parser.add_argument("--stages", nargs="+", choices=[s.name for s in pipeline.STAGES], help="only these, and no figures")
+    parser.add_argument("--sampler", choices=("vllm", "torch"), default="vllm", help="who samples in `rl` and `opd`")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of every stage, such as the machine's")
     given = parser.parse_args()
-    work = given.work.resolve()
-    work.mkdir(parents=True, exist_ok=True)
-    reference(given.root.resolve(), work / "base", given.profile)
+    bench = Bench(given.root.resolve(), given.work.resolve(), given.profile, given.sampler, tuple(given.set))
+    bench.work.mkdir(parents=True, exist_ok=True)
+    if given.stages:
+        for name in given.only or VARIANTS:
+            for stage in (s for s in VARIANTS[name].stages if s in given.stages):
+                bench.stage(name, stage)
+        return
     results = {}
     for name in [REFERENCE, *(n for n in given.only or VARIANTS if n != REFERENCE)]:
-        results[name] = run(work / "base", work, given.profile, name, VARIANTS[name])
+        results[name] = run(bench, name)
         show(results)
 
 

@@ -14,10 +14,10 @@ from gr2.metrics import bootstrap_mean
 DRAWS, SEED = 2000, 13
 
 
-def gr2(profile: str, root: Path, words: Sequence[str], settings: Iterable[str]) -> None:
+def gr2(profile: str, root: Path, words: Sequence[str], settings: Iterable[str], module: str = "gr2") -> None:
     """One `gr2` command under a root. Raises CalledProcessError where it fails."""
     chosen = [f"paths.root={root}", *settings]
-    subprocess.run([sys.executable, "-m", "gr2", *words, "--profile", profile, *(w for s in chosen for w in ("--set", s))], check=True)
+    subprocess.run([sys.executable, "-m", module, *words, "--profile", profile, *(w for s in chosen for w in ("--set", s))], check=True)
 
 
 def told(values: Sequence[float] | np.ndarray, signed: bool = False) -> str:
