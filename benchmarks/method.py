@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.ranking import SHOWN, Run
 from benchmarks.stages import gr2, header, told
 from gr2 import pipeline
 from gr2.artifacts import resolve
@@ -131,6 +130,8 @@ def teach(folder: Path) -> None:
 
 def run(bench: Bench, name: str) -> dict[str, Any]:
     """Runs what is left of a variant, or reads what an earlier call came to."""
+    from benchmarks.ranking import SHOWN, Run  # reads as Spark's stages do, and a machine that only trains may have no Spark
+
     variant, folder = VARIANTS[name], bench.folder(name)
     done = bench.work / f"{folder.name}.json"
     if done.exists():
@@ -153,6 +154,8 @@ def run(bench: Bench, name: str) -> dict[str, Any]:
 
 def show(results: dict[str, dict[str, Any]]) -> None:
     """The table."""
+    from benchmarks.ranking import SHOWN
+
     columns = ("variant", "order", "users", "R@1", "R@3", "N@3", "N@3 over the reference (RL, thinks)", "tokens")
     print(header("method") + "\n| " + " | ".join(columns) + " |\n|" + " --- |" * len(columns))
     base = results[REFERENCE]["rl/think/ndcg@3"]

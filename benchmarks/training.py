@@ -6,7 +6,7 @@ Loop: the same model, packed batches, loss, optimizer, clipping and bf16 autocas
 over ranks, metrics), once as ten lines of torch; they take turns. Packing: one history of Beauty an example (3 tokens an item), packed,
 against batches of as many examples padded to their longest. Utilisation: FLOPs of a step (6 a parameter and token for what tokens are
 multiplied by, 12 * layers * hidden * row for attention, over all of a row, as PaLM counts, arXiv 2204.02311 appendix B) against a bf16
-matmul of 4,096 x 4,096, in the same process.
+matmul of 4,096 x 4,096 (on a GPU 8,192), in the same process. A GPU trains larger models there, on rows of 2,048 tokens.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from training.loop import Engine, learned_states
 from training.optimizers import make_optimizer
 
 SEED, CODES, LEVELS = 13, 1024, 3
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COLUMNS = ("input_ids", "position_ids", "segment_ids", "weights")
 Step = Callable[[Batch], Any]
 
@@ -69,9 +70,10 @@ def one_a_row(examples: Sequence[Example], width: int) -> Rows:
 
 def bare(model: Any, settings: Training) -> Step:
     """Ten lines of torch."""
-    optimizer = make_optimizer(model, settings)
+    optimizer = make_optimizer(model.to(DEVICE), settings)
 
     def step(batch: Batch) -> None:
+        batch = batch.to(DEVICE)
         with autocast(model, True):
             hidden_MD, targets_M = learned_states(model, batch)
             loss = torch.nn.functional.cross_entropy(model.get_output_embeddings()(hidden_MD).float(), targets_M)
@@ -89,7 +91,14 @@ def rate(step: Step, stream: Iterator[Batch], steps: int) -> float:
     started = time.perf_counter()
     for batch in chosen:
         step(batch)
+    wait()
     return sum(batch.tokens for batch in chosen) / (time.perf_counter() - started)
+
+
+def wait() -> None:
+    """Until a GPU has done what it was asked to."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
 
 
 def turns(first: tuple[Step, Iterator[Batch]], second: tuple[Step, Iterator[Batch]], steps: int, rounds: int) -> tuple[float, float]:
@@ -115,15 +124,42 @@ def flops(model: Any, batch: Batch) -> float:
     return float((6 * body + attention) * rows * width + 6 * table * learned)
 
 
-def matmul_peak(size: int = 4096) -> float:
+def matmul_peak() -> float:
     """FLOPs a second of bf16 matrix products, the best of ten."""
-    one, other = (torch.randn(size, size, dtype=torch.bfloat16) for _ in range(2))
+    size = 8192 if DEVICE == "cuda" else 4096
+    one, other = (torch.randn(size, size, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
     seconds = []
     for _ in range(10):
+        wait()
         started = time.perf_counter()
         one @ other
+        wait()
         seconds.append(time.perf_counter() - started)
     return 2 * size**3 / min(seconds)
+
+
+def utilisation(tokenizer: Any, examples: list[Example], settings: Training, student: Model, steps: int, rounds: int) -> None:
+    """The table of sizes: what a step computes, of what the machine can."""
+    print("| size | parameters | rows | tokens/s | TFLOP/s | of the matmul peak |\n| --- | --- | --- | --- | --- | --- |")
+    peak = matmul_peak()
+    sizes = [(student, 160, 3200), (student.model_copy(update={"hidden": 384, "layers": 6, "mlp": 1024}), 160, 3200)]
+    if DEVICE == "cuda":
+        deep = {"layers": 28, "heads": 16, "kv_heads": 8}
+        sizes += [(student.model_copy(update=deep | {"hidden": 1024, "mlp": 3072}), 2048, 32768)]
+        sizes += [(student.model_copy(update=deep | {"hidden": 2048, "mlp": 6144}), 2048, 16384)]
+    for size, row, tokens in sizes:
+        stream = iter(batches(pack(examples, row, SEED, drop_long=True), tokens, SEED))
+        model = build_model(size, tokenizer, None, SEED)
+        step, engine = engine_step(model, settings)
+        found = np.median([rate(step, stream, steps) for _ in range(rounds + 1)][1:])
+        batch = next(stream)
+        used, count = flops(model, batch) / batch.tokens * found, sum(p.numel() for p in model.parameters())
+        engine.close()
+        print(
+            f"| {size.hidden} x {size.layers} | {count / 1e6:,.0f}M | {tokens // row} x {row} | {found:,.0f} | {used / 1e12:.3f} "
+            f"| {used / peak:.2f} of {peak / 1e12:.2f} |",
+            flush=True,
+        )
 
 
 def main() -> None:
@@ -138,7 +174,7 @@ def main() -> None:
     cfg = load("beauty")
     counts, source = lengths(cfg.data.max_history)
     examples = histories(tokenizer, counts)
-    settings = cfg.midtrain.student.model_copy(update={"processes": 1, "average": 0.0})
+    settings = cfg.midtrain.student.model_copy(update={"processes": 1, "average": 0.0, "optimizer": "adamw"})
     stream = iter(batches(pack(examples, 160, SEED, drop_long=True), 3200, SEED))
     shape = cfg.models.student.model_copy(update={"dropout": 0.0})
 
@@ -154,17 +190,7 @@ def main() -> None:
     print(f"| padded to the longest of 64 | {spread:,.0f} | |\n| packed | {packed:,.0f} | {packed / spread:.2f} |\n", flush=True)
     engine.close()
 
-    print("| size | tokens/s | TFLOP/s | of the matmul peak |\n| --- | --- | --- | --- |")
-    peak = matmul_peak()
-    wide = Model(hidden=384, layers=6, heads=6, kv_heads=6, mlp=1024, dropout=0.0)
-    for name, size in (("192 x 4", shape), ("384 x 6", wide)):
-        model = build_model(size, tokenizer, None, SEED)
-        step, engine = engine_step(model, settings)
-        tokens = np.median([rate(step, stream, chosen.steps) for _ in range(chosen.rounds + 1)][1:])
-        batch = next(stream)
-        used = flops(model, batch) / batch.tokens * tokens
-        engine.close()
-        print(f"| {name} | {tokens:,.0f} | {used / 1e12:.3f} | {used / peak:.2f} of {peak / 1e12:.2f} |", flush=True)
+    utilisation(tokenizer, examples, settings, shape, chosen.steps, chosen.rounds)
 
 
 if __name__ == "__main__":

@@ -126,10 +126,11 @@ class Policy:
     """A policy in training: the trainer's engine, the sampler that follows it, and what they came to so far."""
 
     def __init__(self, cfg: Config, ctx: Context, plan: Plan, run_id: str, model: Any, teacher: Any, curve: Path) -> None:
-        self.cfg, self.ctx, self.plan, self.run_id, self.model, self.teacher = cfg, ctx, plan, run_id, model, teacher
+        self.cfg, self.ctx, self.plan, self.run_id, self.model = cfg, ctx, plan, run_id, model
         self.curve, self.folder, self.tracker = curve, ctx.work("rollouts", run_id), open_tracker(ctx, run_id, 0)
         self.steps = max(1, plan.settings.max_steps)
         self.engine = open_engine(model, plan.settings, self.steps * cfg.rl.updates, cfg.seed)
+        self.teacher = teacher.to(self.engine.device) if teacher is not None else None
         self.sampler = Sampler(cfg, plan.start, self.engine)
         self.limit = samples.limit_of(cfg.prompt, cfg.rl.mode)
         opd = partial(opd_advantages, beta=cfg.opd.beta, clip=cfg.opd.clip) if teacher is not None else None
