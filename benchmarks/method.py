@@ -47,6 +47,7 @@ MODES = tuple((model, mode) for model in ("sft", "rl") for mode in ("think", "di
 ON_POLICY = (("sft", "think"), ("opd", "think"), ("opd+rl", "think"))
 TAUGHT = ("sft_examples", "sft")
 EQUAL = "models.teacher={hidden: 192, layers: 4, heads: 6, kv_heads: 6, mlp: 512}"  # OPD's: the reference's own student after RL
+MUON = ("sft.student.optimizer=muon", "sft.student.zero_stage=0", "sft.student.lr=4.0e-3", "sft.student.tokens_per_batch=4352")
 LARGER = (
     "models.teacher={hidden: 320, layers: 6, heads: 10, kv_heads: 10, mlp: 896, dropout: 0.2}",
     "midtrain.teacher={processes: 2, max_steps: 1100, lr: 0.002, row_tokens: 80, tokens_per_batch: 3200, average: 0.997}",
@@ -57,6 +58,7 @@ VARIANTS: dict[str, Variant] = {
     REFERENCE: Variant(
         ("reasoning_traces", *TAUGHT, "rl_prompts", "rl", "opd", "baselines"), (), (*MODES, *ON_POLICY[1:])
     ),
+    "SFT with Muon, twice the tokens": Variant(("sft", "rl"), MUON, MODES),
     "RL without SFT": Variant(("rl",), ("rl.start=midtrain",), (("rl", "think"),)),
     "targeted traces": Variant((*TAUGHT, "rl"), ("sft.traces=targeted",)),
     "1,000 traces": Variant((*TAUGHT, "opd"), ("sft.max_traces=1000", "sft.drills=0"), ON_POLICY),
