@@ -246,7 +246,7 @@ def _announce(ctx: Context, name: str, model: Any, loader: Epochs, settings: Tra
     parameters, steps = sum(p.numel() for p in model.parameters()), planned_steps(loader, settings)
     budget = loader.tokens * steps * settings.accumulation * loader.rows_per_batch / loader.count
     time_needed = ""
-    if parameters < SMALL:
+    if parameters < SMALL and not torch.cuda.is_available():  # the model is not yet where it trains, and a GPU is soon done with it
         rate = world() * _rate(model, loader, settings, loss_fn)
         time_needed = f", about {budget / rate / 60:.1f} min at {rate:,.0f} tokens/s"
     ctx.log(
