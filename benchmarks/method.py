@@ -2,11 +2,11 @@
 
     python -m benchmarks.method --root var/beauty --work FOLDER [--profile beauty] [--only "RL without SFT" ...]
 
-The root has come as far as `candidates`. On a copy of it the reference is built: traces, SFT of 2,000 steps of Muon, RL of 40,
-on-policy distillation. Its teacher is the reference's own student after RL, which has had all traces, unless the question is the teacher.
-Each variant is a copy of the reference in which the stages run again that its switch touches; kept are the figures of the models that answer its
-question. What is finished is not run again; the table of all that is finished is printed each time: users whose target is in the list, the
-tokens of an answer, and the difference to the reference (RL, thinks), paired over users, with its 95 % bootstrap interval.
+The root has come as far as `candidates`. On a copy of it the reference is built: traces, SFT of 2,000 steps of Muon, RL of 40, on-policy
+distillation. Its teacher is the reference's own student after RL, which has had all traces, unless the question is the teacher. Each
+variant is a copy of the reference in which the stages run again that its switch touches; kept are the figures of the models that answer
+its question. What is finished is not run again; the table of all that is finished is printed each time: users whose target is in the
+list, the tokens of an answer, and the difference to the reference (RL, thinks), paired over users, with its 95 % bootstrap interval.
 
 With --stages only those of the stages run, for what is asked for, and nothing is judged: so another machine may do the training.
 --sampler torch makes it sample without vLLM (`benchmarks.sampler`), --set says what else is its own.
