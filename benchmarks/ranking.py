@@ -21,7 +21,7 @@ from gr2.context import Context
 from spark_jobs.evaluation import FULL_METRICS, all_orders, current_scores, judged
 
 SHOWN = ("recall@1", "recall@3", "ndcg@3")
-SLICES = ("later_day", "same_day", "unknown_day", "all")
+SLICES = ("later_day", "same_day", "provably_later", "unknown_day", "all")
 Values = dict[str, float]  # user -> value
 
 

@@ -5,7 +5,7 @@ from schemas.base import DATE, FLOAT, INT, STRING, Column, Table, list_of
 EXPERIMENT = "none"  # the night of lists that have targets
 TABLE = Table(
     name="candidates",
-    version="2.1",
+    version="2.2",
     grain="one request",
     key=("request_id",),
     partition_by=("split", "night"),
@@ -45,7 +45,12 @@ TABLE = Table(
         Column("target_id", STRING, "the item that followed, where there is just one", nullable=True),
         Column("target_rank", INT, "its place in the list from 1; null where it is not in it", nullable=True),
         Column("full_rank", INT, "its place in the pre-ranker's full beam from 1; null beyond the beam", nullable=True),
-        Column("slice", STRING, "time between the target and the item before", values=("same_day", "later_day", "unknown_day")),
+        Column(
+            "slice",
+            STRING,
+            "time between the target and the item before; provably_later: days are unknown, but their order rules out the same one",
+            values=("same_day", "later_day", "provably_later", "unknown_day"),
+        ),
         Column("night", STRING, "partition: the day whose night made the list; none for an experiment's"),
     ),
 )

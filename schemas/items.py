@@ -4,7 +4,7 @@ from schemas.base import BOOL, DATE, DOUBLE, STRING, Column, Table, list_of
 
 TABLE = Table(
     name="items",
-    version="1.0",
+    version="1.1",
     grain="one item",
     key=("item_id",),
     laws={"price_not_negative": "price IS NULL OR price >= 0", "text_not_empty": "length(text) > 0"},
@@ -18,5 +18,6 @@ TABLE = Table(
         Column("text", STRING, "title, brand and categories in one line; the item id where nothing else is known", long=True),
         Column("has_text", BOOL, "false where text is only the id"),
         Column("first_seen", DATE, "first day the item is known", nullable=True),
+        Column("asin", STRING, "Amazon's number, where the files name one", nullable=True),
     ),
 )

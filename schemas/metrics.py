@@ -17,7 +17,7 @@ TABLE = Table(
         Column("model", STRING, "model or baseline; prerank is the incoming order"),
         Column("mode", STRING, "think, direct, score; order for baselines; full for full ranking over all items"),
         Column("population", STRING, "overall: every request; conditional: target in the list", values=("overall", "conditional")),
-        Column("slice", STRING, "all, same_day, later_day (the headline), unknown_day"),
+        Column("slice", STRING, "all, same_day, later_day (the headline), provably_later, unknown_day"),
         Column("n_candidates", INT, "list length; 0 for full ranking"),
         Column("seed", LONG, "seed of the run"),
         Column("metric", STRING, "recall@k, ndcg@k, mrr"),

@@ -61,7 +61,7 @@ def run(cfg: Config, ctx: Context) -> Result:
         if frame.isEmpty():
             raise InputError("no logged slate has a click and a user with a history: there is nothing to re-rank in these data")
     else:
-        table, deep = beamed(cfg, ctx, sampled(requests(cfg, interactions), cfg).toArrow())
+        table, deep = beamed(cfg, ctx, sampled(requests(cfg, interactions, read(ctx, "items")), cfg).toArrow())
         if not table.num_rows:
             raise InputError("no user has a target beyond the pretrain split: there is nothing to re-rank in these data")
         frame = frame_of(ctx, table)
@@ -87,13 +87,14 @@ def publish_features(ctx: Context, lessons: DataFrame | None = None) -> int:
 # -- requests ---------------------------------------------------------------------------------------------------------
 
 
-def requests(cfg: Config, interactions: DataFrame) -> DataFrame:
+def requests(cfg: Config, interactions: DataFrame, items: DataFrame) -> DataFrame:
     """Targets beyond the pretrain split with all that lies before them: the columns of REQUEST.
 
     `history_ids` is cut to the last data.max_history items, `seen_ids` is not. A request needs a history that lacks its target.
     """
-    step = F.struct("ordinal", "item_id", "event_date", "day_known", "split")
-    users = interactions.groupBy("user_id").agg(F.sort_array(F.collect_list(step)).alias("steps"))
+    step = F.struct("ordinal", "item_id", "event_date", "day_known", "split", "asin")
+    named = interactions.join(items.select("item_id", "asin"), on="item_id", how="left")
+    users = named.groupBy("user_id").agg(F.sort_array(F.collect_list(step)).alias("steps"))
     each = users.select("user_id", "steps", F.posexplode("steps").alias("place", "target")).where(F.col("target.split").isin(*SPLITS))
     before = each.withColumn("before", F.slice("steps", 1, F.col("place"))).withColumn("last", F.try_element_at("before", F.lit(-1)))
     fresh = before.where((F.col("place") > 0) & ~F.array_contains("before.item_id", F.col("target.item_id")))
@@ -107,7 +108,12 @@ def requests(cfg: Config, interactions: DataFrame) -> DataFrame:
         F.col("kept.item_id").alias("history_ids"),
         F.transform("kept.event_date", lambda day: F.datediff(F.col("target.event_date"), day)).alias("history_days"),
         F.col("target.item_id").alias("target_id"),
-        slice_of(F.col("target.event_date"), F.col("last.event_date"), F.col("target.day_known") & F.col("last.day_known")).alias("slice"),
+        slice_of(
+            F.col("target.event_date"),
+            F.col("last.event_date"),
+            F.col("target.day_known") & F.col("last.day_known"),
+            F.col("target.asin") < F.col("last.asin"),
+        ).alias("slice"),
         F.array_distinct("before.item_id").alias("seen_ids"),
     )
     most = 1 if cfg.data.protocol == "leave_one_out" else cfg.data.max_requests_per_user
@@ -125,10 +131,14 @@ def sampled(rows: DataFrame, cfg: Config) -> DataFrame:
     return rows.orderBy("request_id")
 
 
-def slice_of(target_day: Column, last_day: Column, known: Column) -> Column:
-    """same_day, later_day or unknown_day: time between the target and the item before."""
+def slice_of(target_day: Column, last_day: Column, known: Column, descends: Column | None = None) -> Column:
+    """same_day or later_day: time between the target and the item before. Where days are unknown: provably_later or unknown_day.
+
+    Amazon's logs of 2014 stand in ascending ASIN within a day, so an item whose ASIN is below the last one's (`descends`) came on a later.
+    """
     within = F.when(target_day == last_day, F.lit("same_day")).otherwise(F.lit("later_day"))
-    return F.when(F.coalesce(known, F.lit(False)), within).otherwise(F.lit("unknown_day"))
+    proven = F.when(F.coalesce(F.lit(False) if descends is None else descends, F.lit(False)), F.lit("provably_later"))
+    return F.when(F.coalesce(known, F.lit(False)), within).otherwise(F.coalesce(proven, F.lit("unknown_day")))
 
 
 def tail(array: str, count: int) -> Column:

@@ -31,7 +31,7 @@ from validation import hacking, leakage, position
 from validation.findings import Finding, finding
 
 SPLIT = "test"
-SLICES = ("all", "same_day", "later_day", "unknown_day")
+SLICES = ("all", "same_day", "later_day", "provably_later", "unknown_day")
 REFERENCES = ("prerank", "lambdamart")
 FULL_METRICS = ("recall@5", "recall@10", "ndcg@5", "ndcg@10")
 INGESTS = ("events", "items")
@@ -281,7 +281,7 @@ def results_table(ctx: Context) -> Any:
     table = Table(title="orders where the target is in the list", caption=_caption(cells), box=box.SIMPLE, padding=(0, 1, 0, 0))
     for column in ("model", "R@1", "N@3", "R@1 over prerank", "N@3 over prerank"):
         table.add_column(column, justify="left" if column == "model" else "right", no_wrap=column != "model")
-    for slice_ in ("later_day", "all"):
+    for slice_ in ("later_day", "provably_later", "all"):
 
         def cell(name: tuple[str, ...], metric: str, reference: str = "", inside: str = slice_) -> dict[str, Any] | None:
             return cells.get((*name, "conditional", inside, metric, reference))

@@ -95,7 +95,7 @@ def to_items(frame: DataFrame, events: DataFrame | None) -> DataFrame:
 
     An item is first seen on the day of its file; where files have no day, `events` tell: the first day that is known.
     """
-    latest = F.struct("source_file", "record", "title", "brand", "category_list", "price_value", "text_id")
+    latest = F.struct("source_file", "record", "title", "brand", "category_list", "price_value", "text_id", "asin")
     one = frame.groupBy("item_id").agg(F.max(latest).alias("row"), F.min("ingest_date").alias("day")).select("item_id", "row.*", "day")
     if events is not None:
         one = one.drop("day").join(first_days(events), on="item_id", how="left").withColumnRenamed("first", "day")
@@ -146,6 +146,7 @@ def bare_items(events: DataFrame, described: DataFrame) -> DataFrame:
                 "text": F.col("item_id"),
                 "has_text": F.lit(False),
                 "first_seen": F.col("first"),
+                "asin": nothing,
             }
         )
         .select(*schemas.get("items").names())

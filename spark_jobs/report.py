@@ -22,7 +22,7 @@ from spark_jobs import charts, table_pages
 
 HEADLINE = ("recall@1", "recall@3", "recall@5", "ndcg@3", "ndcg@5", "mrr")
 FEWEST = 10  # requests of a slice from which it is drawn
-SLICES = ("all", "later_day", "same_day", "unknown_day", "provably_later")
+SLICES = ("all", "later_day", "same_day", "provably_later", "unknown_day")
 
 
 def run(cfg: Config, ctx: Context) -> Result:

@@ -31,6 +31,11 @@ def codes_of(item: int) -> tuple[int, int, int]:
     return item // CODES, item % CODES, (3 * item) % CODES
 
 
+def asin(item: str) -> str | None:
+    """Amazon's number of `i7`: in another order than the items; every fifth has none."""
+    return None if int(item[1:]) % 5 == 0 else f"B{23 * int(item[1:]) % ITEMS:03}"
+
+
 def sid(item: str) -> str:
     """Written codes of `i7`."""
     return to_text(codes_of(int(item[1:])))
@@ -52,7 +57,8 @@ def catalogue(ctx: Context, count: int = ITEMS) -> None:
         title = None if bare else f"{names[k % 8]} {names[k // 8]} thing with many more words than are said {k}"
         items.append(
             {"item_id": f"i{k}", "title": title, "brand": None if bare else f"maker{k % 3}", "categories": ["All", names[k % 4]],
-             "price": None, "text": title or f"i{k}", "has_text": not bare, "first_seen": START + dt.timedelta(days=k)}
+             "price": None, "text": title or f"i{k}", "has_text": not bare, "first_seen": START + dt.timedelta(days=k),
+             "asin": asin(f"i{k}")}
         )  # fmt: skip
         codes.append(
             {"tokenizer": version, "item_id": f"i{k}", "codes": codes_of(k), "token_text": sid(f"i{k}"), "learned_codes": codes_of(k),

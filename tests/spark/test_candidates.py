@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from rerank_world import pair_rows, put, stats_rows, vector_rows
-from sequence_world import ITEMS, START, catalogue, codes_of, interaction_rows, model_named, sasrec_named, walks
+from sequence_world import ITEMS, START, asin, catalogue, codes_of, interaction_rows, model_named, sasrec_named, walks
 
 from gr2.clicks import examination, inverse_weights
 from gr2.context import Context
@@ -37,12 +37,14 @@ def expected(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         last = before[-1]
         known = target["day_known"] and last["day_known"]
         same = "same_day" if target["event_date"] == last["event_date"] else "later_day"
+        one, other = asin(target["item_id"]), asin(last["item_id"])
+        proven = one is not None and other is not None and one < other
         found[f"{target['split']}:{target['user_id']}:{target['ordinal']}"] = {
             "target_id": target["item_id"],
             "as_of": target["event_date"],
             "history_ids": seen[-4:],
             "history_days": [(target["event_date"] - r["event_date"]).days for r in before][-4:],
-            "slice": same if known else "unknown_day",
+            "slice": same if known else "provably_later" if proven else "unknown_day",
             "seen_ids": set(seen),
         }
     return found
@@ -58,7 +60,9 @@ def test_requests_are_what_their_definition_says(make_ctx: Callable[..., Context
     rng = np.random.default_rng(2)
     rows = interaction_rows(walks(rng, 30, noise=0.4), rng, WINDOWS if protocol == "time" else None)
     put(ctx, "interactions", rows)
-    found, wanted = as_dict(requests(ctx.cfg, read(ctx, "interactions"))), expected(rows)
+    catalogue(ctx)
+    drawn_from = (ctx.cfg, read(ctx, "interactions"), read(ctx, "items"))
+    found, wanted = as_dict(requests(*drawn_from)), expected(rows)
     assert found
     assert all({k: row[k] for k in wanted[i]} == wanted[i] for i, row in found.items())
     most = 1 if protocol == "leave_one_out" else 2
@@ -66,10 +70,10 @@ def test_requests_are_what_their_definition_says(make_ctx: Callable[..., Context
     assert sorted((i.split(":")[0], i.split(":")[1]) for i in found) == sorted(
         g for g in set(groups) for _ in range(min(most, groups.count(g)))
     )
-    assert {r["slice"] for r in found.values()} == {"same_day", "later_day", "unknown_day"}
+    assert {r["slice"] for r in found.values()} == {"same_day", "later_day", "provably_later", "unknown_day"}
     at_most = {"max_requests": 4, "max_rerank": 6, "max_valid": 3}
     few = ctx.cfg.model_copy(update={"candidates": ctx.cfg.candidates.model_copy(update=at_most)})
-    drawn = sampled(requests(ctx.cfg, read(ctx, "interactions")), few).toArrow()["request_id"].to_pylist()
+    drawn = sampled(requests(*drawn_from), few).toArrow()["request_id"].to_pylist()
     assert drawn == sorted(drawn)
     assert set(drawn) <= set(found)
     sizes = {split: sum(i.startswith(split) for i in drawn) for split in ("rerank", "valid", "test")}
@@ -182,6 +186,7 @@ def test_beams_rank_every_live_item_but_the_history(make_ctx: Callable[..., Cont
 def test_no_target_is_an_error_that_says_so(make_ctx: Callable[..., Context]) -> None:
     ctx = make_ctx(SMALL)
     put(ctx, "interactions", interaction_rows({"u1": ["i1"]}, np.random.default_rng(0)))
+    catalogue(ctx)
     with pytest.raises(InputError, match="no user has a target"):
         candidates.run(ctx.cfg, ctx)
 

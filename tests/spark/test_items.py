@@ -49,7 +49,7 @@ def test_text_is_resolved_bad_rows_are_refused_and_bare_items_get_a_row(make_ctx
     found = {r["item_id"]: r for r in ctx.lake.read("items").to_pylist()}
     assert found["a"]["text"] == "Renamed é | L"
     assert (str(found["a"]["first_seen"]), found["a"]["price"]) == ("2026-01-01", 5.0)
-    assert found["2"]["title"] == "x" * 300
+    assert (found["2"]["title"], found["2"]["asin"], found["only-seen"]["asin"]) == ("x" * 300, "B0", None)
     assert (found["0439893577"]["text"], found["0439893577"]["has_text"], found["0439893577"]["brand"]) == ("0439893577", False, None)
     assert (found["k"]["text"], found["k"]["title"], found["k"]["has_text"]) == ("pocoyo and friends swiggle", None, True)
     assert found["b"]["text"] == '[Old version] It\'s "fine" | B | Only <one>'
