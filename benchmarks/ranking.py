@@ -18,10 +18,11 @@ import numpy as np
 from benchmarks.stages import told
 from gr2 import config, metrics
 from gr2.context import Context
+from schemas.candidates import TIMES
 from spark_jobs.evaluation import FULL_METRICS, all_orders, current_scores, judged
 
 SHOWN = ("recall@1", "recall@3", "ndcg@3")
-SLICES = ("later_day", "same_day", "provably_later", "unknown_day", "all")
+SLICES = (*TIMES, "all")
 Values = dict[str, float]  # user -> value
 
 

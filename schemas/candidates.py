@@ -3,6 +3,7 @@
 from schemas.base import DATE, FLOAT, INT, STRING, Column, Table, list_of
 
 EXPERIMENT = "none"  # the night of lists that have targets
+TIMES = ("later_day", "same_day", "provably_later", "unknown_day")  # slices of requests; the first is the headline
 TABLE = Table(
     name="candidates",
     version="2.2",
@@ -49,7 +50,7 @@ TABLE = Table(
             "slice",
             STRING,
             "time between the target and the item before; provably_later: days are unknown, but their order rules out the same one",
-            values=("same_day", "later_day", "provably_later", "unknown_day"),
+            values=TIMES,
         ),
         Column("night", STRING, "partition: the day whose night made the list; none for an experiment's"),
     ),

@@ -112,7 +112,7 @@ def requests(cfg: Config, interactions: DataFrame, items: DataFrame) -> DataFram
             F.col("target.event_date"),
             F.col("last.event_date"),
             F.col("target.day_known") & F.col("last.day_known"),
-            F.col("target.asin") < F.col("last.asin"),
+            F.col("target.asin") < F.col("last.asin") if cfg.data.source == "amazon2014" else None,  # its rows of one day ascend by ASIN
         ).alias("slice"),
         F.array_distinct("before.item_id").alias("seen_ids"),
     )
@@ -134,11 +134,12 @@ def sampled(rows: DataFrame, cfg: Config) -> DataFrame:
 def slice_of(target_day: Column, last_day: Column, known: Column, descends: Column | None = None) -> Column:
     """same_day or later_day: time between the target and the item before. Where days are unknown: provably_later or unknown_day.
 
-    Amazon's logs of 2014 stand in ascending ASIN within a day, so an item whose ASIN is below the last one's (`descends`) came on a later.
+    `descends`: whether the target sorts below the item before, where the rows of one day are known to ascend.
     """
-    within = F.when(target_day == last_day, F.lit("same_day")).otherwise(F.lit("later_day"))
-    proven = F.when(F.coalesce(F.lit(False) if descends is None else descends, F.lit(False)), F.lit("provably_later"))
-    return F.when(F.coalesce(known, F.lit(False)), within).otherwise(F.coalesce(proven, F.lit("unknown_day")))
+    found = F.when(known, F.when(target_day == last_day, "same_day").otherwise("later_day"))
+    if descends is not None:
+        found = found.when(descends, "provably_later")
+    return found.otherwise("unknown_day")
 
 
 def tail(array: str, count: int) -> Column:

@@ -25,13 +25,14 @@ from gr2.config import Config
 from gr2.context import Context, Result
 from gr2.errors import AuditError, MissingInputError
 from gr2.pipeline import read_record
+from schemas.candidates import TIMES
 from spark_jobs.publish import publish
 from spark_jobs.session import frame_of
 from validation import hacking, leakage, position
 from validation.findings import Finding, finding
 
 SPLIT = "test"
-SLICES = ("all", "same_day", "later_day", "provably_later", "unknown_day")
+SLICES = ("all", *TIMES)
 REFERENCES = ("prerank", "lambdamart")
 FULL_METRICS = ("recall@5", "recall@10", "ndcg@5", "ndcg@10")
 INGESTS = ("events", "items")

@@ -17,12 +17,13 @@ from gr2 import PROJECT, artifacts
 from gr2.config import Config
 from gr2.context import Context, Result
 from gr2.pipeline import STAGES, read_record
+from schemas.candidates import TIMES
 from schemas.query import connect
 from spark_jobs import charts, table_pages
 
 HEADLINE = ("recall@1", "recall@3", "recall@5", "ndcg@3", "ndcg@5", "mrr")
 FEWEST = 10  # requests of a slice from which it is drawn
-SLICES = ("all", "later_day", "same_day", "provably_later", "unknown_day")
+SLICES = ("all", *TIMES)
 
 
 def run(cfg: Config, ctx: Context) -> Result:

@@ -56,7 +56,7 @@ def as_dict(frame: Any) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("protocol", ["leave_one_out", "time"])
 def test_requests_are_what_their_definition_says(make_ctx: Callable[..., Context], protocol: str) -> None:
-    ctx = make_ctx([*TIME, f"data.protocol={protocol}"])
+    ctx = make_ctx([*TIME, f"data.protocol={protocol}", "data.source=amazon2014"])
     rng = np.random.default_rng(2)
     rows = interaction_rows(walks(rng, 30, noise=0.4), rng, WINDOWS if protocol == "time" else None)
     put(ctx, "interactions", rows)
@@ -71,6 +71,9 @@ def test_requests_are_what_their_definition_says(make_ctx: Callable[..., Context
         g for g in set(groups) for _ in range(min(most, groups.count(g)))
     )
     assert {r["slice"] for r in found.values()} == {"same_day", "later_day", "provably_later", "unknown_day"}
+    elsewhere = ctx.cfg.model_copy(update={"data": ctx.cfg.data.model_copy(update={"source": "files"})})
+    told = {r["slice"] for r in as_dict(requests(elsewhere, *drawn_from[1:])).values()}
+    assert told == {"same_day", "later_day", "unknown_day"}, "only of Amazon's logs is it known that a day's rows ascend"
     at_most = {"max_requests": 4, "max_rerank": 6, "max_valid": 3}
     few = ctx.cfg.model_copy(update={"candidates": ctx.cfg.candidates.model_copy(update=at_most)})
     drawn = sampled(requests(*drawn_from), few).toArrow()["request_id"].to_pylist()
