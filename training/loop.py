@@ -10,6 +10,7 @@ Shares, and the floats, add up over micro-batches and ranks. Weights stay fp32; 
 One process needs no launcher; several are started by torchrun. Shapes: B rows, T tokens, M learned tokens, D hidden size, V vocabulary.
 """
 
+import atexit
 import gc
 import itertools
 import json
@@ -260,6 +261,14 @@ def start_processes() -> None:
         if os.environ["WORLD_SIZE"] == "1":
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         deepspeed.init_distributed(dist_backend=backend, verbose=False)
+        atexit.register(_end_processes)
+
+
+def _end_processes() -> None:
+    """Gloo's threads end before the interpreter does: else a process may abort after its work is done. (NCCL's end could wait for a rank
+    that failed.)"""
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+        torch.distributed.destroy_process_group()
 
 
 def rank() -> int:
