@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 
 from benchmarks.stages import gr2, header, told
-from gr2 import pipeline
 from gr2.artifacts import resolve
 
 REFERENCE = "reference"
@@ -80,6 +79,7 @@ VARIANTS: dict[str, Variant] = {
         (("fast", "score"),),
     ),
 }  # fmt: skip
+STAGES = sorted({stage for variant in VARIANTS.values() for stage in variant.stages})
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--profile", default="beauty")
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), help="names of variants; the reference always comes first")
-    parser.add_argument("--stages", nargs="+", choices=[s.name for s in pipeline.STAGES], help="only these, and no figures")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, help="only these, and no figures")
     parser.add_argument("--sampler", choices=("vllm", "torch"), default="vllm", help="who samples in `rl` and `opd`")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of every stage, such as the machine's")
     given = parser.parse_args()

@@ -33,10 +33,10 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 import schemas  # noqa: E402
-from benchmarks.stages import gr2, header  # noqa: E402
+from benchmarks.stages import gr2, header, told  # noqa: E402
 from gr2.config import Config, load  # noqa: E402
 from gr2.context import Context  # noqa: E402
-from gr2.metrics import paired_bootstrap, values  # noqa: E402
+from gr2.metrics import values  # noqa: E402
 from gr2.sections import Sasrec  # noqa: E402
 from schemas.candidates import EXPERIMENT  # noqa: E402
 from schemas.interactions import FITS  # noqa: E402
@@ -220,8 +220,7 @@ def main() -> None:
         inside = np.array([slice_ in ("all", r["slice"]) for r in rows], bool)
         for metric in METRICS:
             a, b = (np.mean([values(metric, ranks_R) for ranks_R in each], axis=0)[inside] for each in (own, theirs))
-            mean, low, high = paired_bootstrap(a, b, 1000, 13)
-            print(f"| {slice_} | {metric} | {b.mean():.4f} | {a.mean():.4f} | {mean:+.4f} [{low:+.4f}, {high:+.4f}] |", flush=True)
+            print(f"| {slice_} | {metric} | {b.mean():.4f} | {a.mean():.4f} | {told(a - b, signed=True)} |", flush=True)
     if given.lists:
         reordered(given.profile, given.roots[0], given.work, data, {"train": early, "refit": models[0]}, given.lists)
 
