@@ -265,8 +265,10 @@ def start_processes() -> None:
 
 
 def _end_processes() -> None:
-    """Gloo's threads end before the interpreter does: else a process may abort after its work is done. (NCCL's end could wait for a rank
-    that failed.)"""
+    """Ends gloo's threads before the interpreter ends: else a process may abort after its work is done.
+
+    NCCL's group is left to the exit, as ending it could wait for a rank that failed.
+    """
     if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
         torch.distributed.destroy_process_group()
 
