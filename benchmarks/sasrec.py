@@ -41,6 +41,7 @@ from gr2.sections import Sasrec  # noqa: E402
 from schemas.candidates import EXPERIMENT  # noqa: E402
 from schemas.interactions import FITS  # noqa: E402
 from schemas.lake import Lake  # noqa: E402
+from scoring.model import autocast  # noqa: E402
 from scoring.sasrec import SASRec, padded  # noqa: E402
 from spark_jobs.candidates import FIT, REQUEST, SPLITS, publish_features, row_of  # noqa: E402
 from spark_jobs.publish import publish  # noqa: E402
@@ -57,7 +58,7 @@ def epoch(model: SASRec, optimizer: torch.optim.Optimizer, inputs_BT: Tensor, ta
     losses = []
     for rows in torch.randperm(len(inputs_BT)).split(batch):
         learned_BT = targets_BT[rows] > 0
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast(model):
             logits_XM = model.logits(model(inputs_BT[rows])[learned_BT])
         loss = nn.functional.cross_entropy(logits_XM, targets_BT[rows][learned_BT])
         optimizer.zero_grad()

@@ -13,6 +13,7 @@ Shapes: B texts or rows, T tokens, D hidden size, V vocabulary, L levels, K code
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -229,8 +230,21 @@ def hidden_states(model: Any, **inputs: Any) -> Any:
 
 
 def autocast(model: Any, bf16: bool = True) -> AbstractContextManager[Any]:
-    """bf16 matrix products around a model whose weights stay as they are (four times faster on CPUs that know bf16)."""
-    return torch.autocast(model.device.type, dtype=torch.bfloat16) if bf16 else nullcontext()
+    """bf16 matrix products around a model whose weights stay as they are, where the machine has units for them."""
+    kind = model.device.type
+    return torch.autocast(kind, dtype=torch.bfloat16) if bf16 and multiplies_bf16(kind) else nullcontext()
+
+
+@cache
+def multiplies_bf16(kind: str) -> bool:
+    """Whether devices of a kind have units for products in bf16: on processors AVX512-BF16, AMX, or ARM's bf16.
+
+    With them bf16 is about four times as fast as fp32; a processor without them emulates it, forty times slower (docs/performance.md).
+    """
+    if kind != "cpu":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    has = torch.cpu.get_capabilities()
+    return any(has.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 # -- files ------------------------------------------------------------------------------------------------------------

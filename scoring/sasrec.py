@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gr2.sections import Sasrec
+from scoring.model import autocast
 
 CONFIG, WEIGHTS = "sasrec.json", "sasrec.safetensors"
 SIZE = {"places", "hidden", "layers", "heads", "dropout"}  # what a published model is rebuilt from
@@ -69,7 +70,7 @@ class SASRec(nn.Module):
         """logits_BM of what comes next, for histories as rows of numbers from 1."""
         self.eval()
         items_BT = torch.from_numpy(padded(histories, self.settings.places)).to(self.device)
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with autocast(self):
             states_BD = self(items_BT)[:, -1]
         return self.logits(states_BD.float())
 

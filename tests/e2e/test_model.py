@@ -18,6 +18,7 @@ from gr2.sids import sid_tokens, to_text
 from scoring.model import (
     BOS,
     add_dropout,
+    autocast,
     build_model,
     build_vocabulary,
     check_items,
@@ -27,6 +28,7 @@ from scoring.model import (
     label_ids,
     label_logprobs,
     load,
+    multiplies_bf16,
     prompt_text,
     save,
     sid_ids,
@@ -193,3 +195,17 @@ def test_a_vocabulary_without_tokens_of_our_items_is_refused(saved: Path) -> Non
     check_items(tokenizer, ["<a_1><b_2>"], saved)
     with pytest.raises(ModelError, match=r"1 semantic-ID tokens of our items, such as <a_9999>.*gr2 stage midtrain"):
         check_items(tokenizer, ["<a_1><b_2>", "<a_9999><b_2>"], saved)
+
+
+@pytest.mark.parametrize(("units", "dtype"), [("avx512_bf16", torch.bfloat16), ("amx_bf16", torch.bfloat16), ("avx2", torch.float32)])
+def test_products_are_in_bf16_only_where_the_processor_has_units_for_it(
+    monkeypatch: pytest.MonkeyPatch, units: str, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, units: True})
+    multiplies_bf16.cache_clear()
+    layer = torch.nn.Linear(4, 4)
+    layer.device = torch.device("cpu")  # as models of transformers have it
+    with autocast(layer):
+        assert layer(torch.ones(1, 4)).dtype == dtype
+    monkeypatch.undo()
+    multiplies_bf16.cache_clear()
