@@ -29,7 +29,7 @@ run: setup  ## A profile: make run PROFILE=beauty
 test: setup  ## All tests
 	$(RUN) pytest -q
 
-bench: demo  ## Benchmarks of the engines, at sizes that end within an hour (of the data plane and of ranking: see docs/)
+bench: demo  ## Benchmarks of speed, at sizes that end within an hour (of ranking: see docs/results.md)
 	$(RUN) python -m benchmarks.training
 	$(RUN) python -m benchmarks.beams
 	$(RUN) python -m benchmarks.tokenizers --items 1000000

@@ -77,7 +77,7 @@ def raw(work: Path, millions: float) -> dict[str, Any]:
 
 
 def spark(work: Path, millions: float) -> dict[str, Any]:
-    """The whole build and two nights, each stage timed, the gates apart. Runs in a process of its own."""
+    """The whole build and its nights, each stage timed, the gates apart. Runs in a process of its own."""
     import datetime as dt
     import importlib
     import os

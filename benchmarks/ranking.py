@@ -110,6 +110,11 @@ def differences(runs: Sequence[Run], slice_: str, system: tuple[str, str], refer
     return list(averaged(parts).values())
 
 
+def overall(runs: Sequence[Run], system: tuple[str, str], metric: str, users: set[str]) -> float:
+    """The mean over all users and seeds, where a seed whose list lacks the target counts 0."""
+    return float(np.mean([sum(v for user, v in run.values[*system, metric].items() if user in users) for run in runs])) / len(users)
+
+
 def rerank(runs: Sequence[Run]) -> None:
     """Every order where the target is in the list, and over all users."""
     systems = sorted({key[:2] for run in runs for key in run.values})
@@ -117,8 +122,9 @@ def rerank(runs: Sequence[Run]) -> None:
         users = inside(runs, slice_)
         if not users:
             continue
-        listed = {user for run in runs for user in run.values["prerank", "order", "recall@1"]} & users
-        print(f"\n`{slice_}`: {len(users):,} users, {len(listed):,} with the target in a list (ceiling {len(listed) / len(users):.4f})\n")
+        by_seed = [run.values["prerank", "order", "recall@1"].keys() & users for run in runs]
+        ceiling = float(np.mean([len(listed) for listed in by_seed])) / len(users)
+        print(f"\n`{slice_}`: {len(users):,} users, {len(set().union(*by_seed)):,} with the target in a list (ceiling {ceiling:.4f})\n")
         print(
             "| order | R@1 | R@3 | N@3 | R@1 of all | N@3 over incoming | N@3 over LambdaMART | R@1 over LambdaMART | R@3 over LambdaMART |"
         )
@@ -131,7 +137,7 @@ def rerank(runs: Sequence[Run]) -> None:
                 told(differences(runs, slice_, system, reference, m), True)
                 for reference, m in (("prerank", "ndcg@3"), *(("lambdamart", m) for m in ("ndcg@3", "recall@1", "recall@3")))
             ]
-            whole = sum(own["recall@1"].values()) / len(users)
+            whole = overall(runs, system, "recall@1", users)
             rows.append(
                 (means[2], f"| {name_of(system)} | " + " | ".join(f"{v:.4f}" for v in [*means, whole]) + " | " + " | ".join(over) + " |")
             )

@@ -66,7 +66,7 @@ def changed(node: ast.AST) -> Iterator[ast.AST]:
 def mutants(source: str) -> Iterator[tuple[int, str, str]]:
     """(line, what became of it, the whole module) of every mutant of what runs within functions."""
     tree = ast.parse(source)
-    bodies = [f for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) and f.name[0] != "." and not _is_stub(f)]
+    bodies = [f for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) and not _is_stub(f)]
     for function in bodies:
         inside = [node for statement in function.body for node in ast.walk(statement)]
         for node in inside:

@@ -19,10 +19,11 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from gr2 import PROJECT
 from gr2.errors import ConfigError
-from gr2.sections import Name, Positive, Sasrec, Section, Share, Training
+from gr2.sections import Files, Name, Positive, Sasrec, Section, Share, Training
 
 Modes = tuple[Literal["think", "direct", "score"], ...]
 Baseline = Literal["random", "popularity", "transition", "lambdamart", "program", "oracle"]
+FEWEST_DRILLED = 3  # candidates of a list that is made up to teach: with two there is nothing to compare but one pair
 COMPRESSORS = ("latents", "brief")  # not models of their own: what `rl` answers to a compressed context (METHOD 9)
 PLACE = r"^([a-z0-9]+://([\w-]+@)?[\w.-]*(:\d+)?)?(/[\w.=/-]*)?$"  # a folder or a URL, without a password
 
@@ -32,22 +33,6 @@ class Paths(Section):
 
     root: Path = Path("var/demo")
     lake: str = Field("", pattern=PLACE)  # where tables and their staging lie, if not under root: a URL that every node reaches
-
-
-class Files(Section):
-    """Raw files of one kind, and which of their fields is which of the contract's; one that is not named is sought by its own name."""
-
-    files: tuple[str, ...] = ()  # patterns under data.path; `day=*/` in front: a folder a day; `!` in front: leaves out
-    format: Literal["jsonl", "csv", "parquet", "delta", "sequences"] = "jsonl"
-    columns: dict[Name, tuple[str, ...]] = {}  # contract's field -> names it may have in the files: the first with a value counts
-    constants: dict[Name, str] = {}  # contract's field -> value of every row
-    time: Literal["iso", "epoch"] = "iso"  # ISO 8601 with a zone, or seconds or milliseconds since 1970
-    order: Literal["time", "position"] = "time"  # position: the place in the user's sequence counts, and a time may be missing
-    user_of: tuple[str, ...] = ()  # fields whose values together stand for the user, where the log names none
-    clicked: str = ""  # field of an impression's row that is 1 where it was clicked: the row then tells of two events
-    purchased: str = ""  # the same for a purchase
-    request_of_row: bool = False  # each row is a request of its own, where the log names none
-    loose_price: bool = False  # the price is a text such as "$29.99"; one that is no price counts as unknown
 
 
 class Data(Section):
@@ -78,7 +63,7 @@ class Simulator(Section):
     days: Positive = 28
     start: str = Field("2026-01-01", pattern=r"^\d{4}-\d{2}-\d{2}$")
     requests_per_user_day: float = Field(0.6, gt=0)
-    slate: Positive = 10
+    slate: int = Field(10, gt=0, le=28)  # a purchase from a lower slot could fall after midnight
     columns: Positive = 1  # 1: slots in a row; more: a grid of rows and columns
     position_decay: Share = 0.75  # P(look at slot k) relative to slot k - 1; in a grid, of a row to the one above
     late_share: Share = 0.02
@@ -405,6 +390,13 @@ class Config(Section):
             raise ValueError(f"candidates.beam ({self.candidates.beam}) must be at least candidates.n ({self.candidates.n})")
         if self.candidates.n > 20:
             raise ValueError("candidates.n must be at most 20: there are 20 labels")
+        if not 0 < self.data.windows[0] < self.data.windows[1] < self.data.windows[2] <= 1:
+            raise ValueError(f"data.windows must rise, each from the end of the one before: {list(self.data.windows)}")
+        prompts = sorted(p.stem for p in (PROJECT / "conf" / "prompts").glob("*.yaml"))
+        if unknown := {self.prompt.template, self.traces.template or self.prompt.template}.difference(prompts):
+            raise ValueError(f"no prompt template {min(unknown)!r} in conf/prompts{_nearest(min(unknown), prompts)}")
+        if self.sft.drills and self.candidates.n < FEWEST_DRILLED:
+            raise ValueError(f"sft.drills: a drill has at least {FEWEST_DRILLED} candidates, more than candidates.n ({self.candidates.n})")
         needed = 2 * self.candidates.n + 1
         if self.scoring.structured and self.prompt.max_answer_tokens < needed:
             raise ValueError(f"scoring.structured: prompt.max_answer_tokens must be at least {needed} for that many labels")
@@ -421,6 +413,8 @@ class Config(Section):
             raise ValueError("sasrec reads its table of items whole, and trains all of it: leave out lora and ZeRO stage 3")
         if self.latents.brief.processes > 1 or self.latents.brief.checkpoint_every or self.latents.brief.lora:
             raise ValueError("latents.brief trains in one process and starts again: leave out processes, lora and checkpoint_every")
+        if self.latents.train.processes > 1:
+            raise ValueError("latents.train: all processes would read the same batches; it trains in one: leave out processes")
         if bad := [name for name in COMPRESSORS for asked in (self.scoring.models, self.scoring.live) if "think" in asked.get(name, ())]:
             raise ValueError(f"scoring: {bad[0]} is trained on prompts that ask for no thought: take direct or score")
         if self.scoring.structured and "latents" in {*self.scoring.models, *self.scoring.live}:
@@ -428,8 +422,11 @@ class Config(Section):
         return self
 
     def digest(self, *sections: str) -> str:
-        """SHA-256 of the named sections (all without names), without what changes no content: paths, and how often training is saved."""
-        told = self.model_dump_json(exclude={"paths"})
+        """SHA-256 of the named sections (all without names), without what changes no content: paths, and how often training is saved.
+
+        Raw files count by name and size (`gr2.pipeline.fingerprint`), wherever they lie.
+        """
+        told = self.model_dump_json(exclude={"paths": True, "data": {"path"}})
         data = json.loads(told, object_hook=lambda section: {k: v for k, v in section.items() if k != "checkpoint_every"})
         chosen = {k: data[k] for k in sections} if sections else data
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()

@@ -12,6 +12,7 @@ answer names every label once. Models with a base can do this already; a small o
 import random
 from collections.abc import Sequence
 
+from gr2.config import FEWEST_DRILLED
 from gr2.prompts import (
     SMALL_IS_GOOD,
     Candidate,
@@ -28,7 +29,7 @@ from gr2.prompts import (
 )
 
 NEEDS = 2  # features that a drill goes by
-FEWEST = 3  # candidates
+FEWEST = FEWEST_DRILLED  # candidates
 SILENT = 0.7  # share of evidence that a line does not have
 
 

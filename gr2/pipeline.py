@@ -16,6 +16,7 @@ from gr2 import PROJECT, lineage
 from gr2.config import Config, Training
 from gr2.context import Context, Result, result_json
 from gr2.errors import ConfigError, MissingInputError
+from gr2.prompts import load_template
 
 ROOMS = ("gr2", "schemas", "validation", "scoring", "training", "spark_jobs")
 
@@ -48,7 +49,7 @@ class Stage:
 BOTH = ("build", "night")
 STAGES = (
     Stage("events", "spark_jobs.events", ("data", "simulator"), (), ("events", "quarantine"), flows=BOTH),
-    Stage("items", "spark_jobs.items", ("data", "simulator"), (), ("items", "quarantine"), flows=BOTH),
+    Stage("items", "spark_jobs.items", ("data", "simulator"), ("events",), ("items", "quarantine"), flows=BOTH),
     Stage("interactions", "spark_jobs.interactions", ("data",), ("events", "items"), ("interactions", "histories"), flows=BOTH),
     Stage("impressions", "spark_jobs.impressions", ("data",), ("events",), ("impressions",), flows=BOTH),
     Stage("evidence", "spark_jobs.evidence", ("evidence",), ("interactions",), ("pair_days", "item_pairs", "item_stats"), flows=BOTH),
@@ -78,6 +79,7 @@ STAGES = (
         ("midtrain", "data"),
         ("interactions", "items", "semantic_ids"),
         ("midtrain_examples",),
+        ("tokenizer",),
     ),
     Stage(
         "midtrain",
@@ -92,7 +94,7 @@ STAGES = (
     Stage(
         "candidates",
         "spark_jobs.candidates",
-        ("candidates", "sasrec", "data"),
+        ("candidates", "sasrec", "data", "evidence"),
         ("interactions", "histories", "impressions", "semantic_ids", "pair_days", "item_pairs", "item_stats", "items", "item_embeddings"),
         ("candidates", "candidate_features", "program_lists"),
         ("midtrain", "midtrain-refit", "sasrec", "sasrec-refit"),
@@ -109,9 +111,10 @@ STAGES = (
     Stage(
         "sft_examples",
         "spark_jobs.sft_examples",
-        ("sft", "prompt"),
-        ("reasoning_traces", "candidates", "candidate_features", "items", "semantic_ids"),
+        ("sft", "prompt", "traces"),
+        ("reasoning_traces", "candidates", "candidate_features", "program_lists", "items", "semantic_ids"),
         ("sft_examples",),
+        ("midtrain",),
     ),
     Stage("sft", "training.sft", ("sft", "models"), ("sft_examples",), (), ("midtrain", "midtrain-teacher"), ("sft", "sft-teacher")),
     Stage(
@@ -141,7 +144,7 @@ STAGES = (
         ("distill", "prompt", "scoring"),
         ("candidates", "candidate_features", "program_lists", "items", "semantic_ids"),
         ("distill_examples",),
-        ("midtrain", "sft", "rl"),
+        ("midtrain", "sft", "rl", "opd", "opd+rl"),
     ),
     Stage("distill", "training.distill", ("distill", "models"), ("distill_examples",), (), ("midtrain", "sft", "rl"), ("fast",)),
     Stage(
@@ -235,7 +238,7 @@ def fingerprint(stage: Stage, cfg: Config, ctx: Context) -> str:
         "tables": {t: ctx.lake.content_version(t) if ctx.lake.exists(t) else None for t in stage.reads},
         "models": {m: _current(ctx, m) for m in stage.uses},
     }
-    if not stage.reads:
+    if "simulator" in stage.sections:  # it reads raw files
         parts["raw"] = _raw_listing(ctx)
     if stage.bears_run:
         parts["run"] = ctx.run_id
@@ -243,10 +246,13 @@ def fingerprint(stage: Stage, cfg: Config, ctx: Context) -> str:
 
 
 def settings_of(stage: Stage, cfg: Config) -> dict[str, str]:
-    """Hashes of what decides a stage beside its inputs: its settings, its code and everything that code imports, its prompt template."""
-    parts = {"config": cfg.digest("profile", "seed", *stage.sections), "code": code_hash(stage.module)}
+    """Hashes of what decides a stage beside its inputs: its settings, its code and everything that code imports, its prompt templates."""
+    contracts = (f"schemas.{table}" for table in stage.writes)  # loaded by name
+    parts = {"config": cfg.digest("profile", "seed", *stage.sections), "code": code_hash(stage.module, *contracts)}
     if "prompt" in stage.sections:
-        parts["template"] = hashlib.sha256((PROJECT / "conf" / "prompts" / f"{cfg.prompt.template}.yaml").read_bytes()).hexdigest()
+        parts["template"] = load_template(cfg.prompt.template).digest
+    if "traces" in stage.sections and cfg.traces.template:
+        parts["teacher's template"] = load_template(cfg.traces.template).digest
     return parts
 
 
@@ -309,10 +315,10 @@ def write_record(ctx: Context, stage: str, record: dict[str, Any]) -> None:
 
 
 @cache
-def code_hash(module: str) -> str:
-    """Hash of a module's source and of every module of this project that it imports, transitively, read as text."""
+def code_hash(*modules: str) -> str:
+    """Hash of modules' source and of every module of this project that they import, transitively, read as text."""
     seen: dict[str, str] = {}
-    queue = [module]
+    queue = list(modules)
     while queue:
         name = queue.pop()
         path = _source(name)

@@ -73,3 +73,19 @@ class Sasrec(Section):
     train: Training = Training(
         epochs=9, lr=1e-3, tokens_per_batch=6528, schedule="constant", warmup=0.0, weight_decay=0.0, beta2=0.999, clip=10.0
     )
+
+
+class Files(Section):
+    """Raw files of one kind, and which of their fields is which of the contract's; one that is not named is sought by its own name."""
+
+    files: tuple[str, ...] = ()  # patterns under data.path; `day=*/` in front: a folder a day; `!` in front: leaves out
+    format: Literal["jsonl", "csv", "parquet", "delta", "sequences"] = "jsonl"
+    columns: dict[Name, tuple[str, ...]] = {}  # contract's field -> names it may have in the files: the first with a value counts
+    constants: dict[Name, str] = {}  # contract's field -> value of every row
+    time: Literal["iso", "epoch"] = "iso"  # ISO 8601 with a zone, or seconds or milliseconds since 1970
+    order: Literal["time", "position"] = "time"  # position: the place in the user's sequence counts, and a time may be missing
+    user_of: tuple[str, ...] = ()  # fields whose values together stand for the user, where the log names none
+    clicked: str = ""  # field of an impression's row that is 1 where it was clicked: the row then tells of two events
+    purchased: str = ""  # the same for a purchase
+    request_of_row: bool = False  # each row is a request of its own, where the log names none
+    loose_price: bool = False  # the price is a text such as "$29.99"; one that is no price counts as unknown

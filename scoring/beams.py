@@ -31,7 +31,10 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Mixture:
-    """`share` of the probability is that of counts (`scoring.followers`): sparse rows `followers_BN`, one a prompt."""
+    """Sparse rows `followers_BN`, one a prompt (`scoring.followers`), count `share`, the network the rest: (1 - share) p + share row.
+
+    A row may sum to less than 1; what it leaves is nobody's, so the mixture's logarithms are scores that rank, not log-probabilities.
+    """
 
     share: float
     followers_BN: Any

@@ -84,7 +84,9 @@ def vectors_of(ctx: Context, compressor: str, prompts: Iterable[str]) -> Vectors
     """The rows of `item_latents` for what these prompts mark."""
     items = sorted({item for prompt in prompts for item in items_in(prompt)})
     table = ctx.lake.read("item_latents", ["item_id", "vectors", "k"], ["item_id"], compressor=compressor, item_id=items)
-    k = table["k"][0].as_py() if table.num_rows else 1
+    if not table.num_rows:  # no prompt marks an item that has vectors: all are read in words
+        return Vectors(torch.zeros(0, 1), {})
+    k = table["k"][0].as_py()
     flat = torch.tensor(table["vectors"].to_pylist())
     rows_of = {item: range(n * k, (n + 1) * k) for n, item in enumerate(table["item_id"].to_pylist())}
     return Vectors(flat.reshape(len(rows_of) * k, -1), rows_of)

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 LOOKBACK = 8  # latest items of a history that vote
-UNSEEN = 3.0  # count that every item keeps for what never followed it; the network has that share
+UNSEEN = 3.0  # count that every item keeps for what never followed it: a row of few counts sums to little
 
 
 class Followers:

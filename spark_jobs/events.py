@@ -19,9 +19,10 @@ from pyspark.sql import functions as F
 
 import schemas
 from gr2 import simulate
-from gr2.config import Config, Files
+from gr2.config import Config
 from gr2.context import Context, Result
 from gr2.errors import AuditError
+from gr2.sections import Files
 from spark_jobs import readers, sources
 from spark_jobs.publish import publish
 from spark_jobs.session import read, together

@@ -3,7 +3,7 @@
     raw = open_source(ctx, "events", FIELDS)         # or "items"
     raw.frame                                        # record, source_file, parsed, fields, unknown, ingest_date, and each field as text
 
-A source is data: patterns, a format, and which field is which (`gr2.config.Files`). A profile can replace either half of one, or name its
+A source is data: patterns, a format, and which field is which (`gr2.sections.Files`). A profile can replace either half of one, or name its
 own with data.source = files. Nothing is judged here; the rules of `events` and `items` do that.
 """
 
@@ -18,9 +18,10 @@ from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 from pyspark.sql.types import ArrayType, MapType, StructType, TimestampType
 
-from gr2.config import Data, Files
+from gr2.config import Data
 from gr2.context import Context
 from gr2.errors import InputError
+from gr2.sections import Files
 from spark_jobs import readers
 
 MOST = 1_000_000  # items of one sequence

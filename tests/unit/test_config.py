@@ -38,6 +38,11 @@ def test_every_profile_loads_and_says_how_to_run_it(profile):
         ("sasrec.train.lora={}", "leave out lora and ZeRO stage 3"),
         ("scoring.models={latents: [think]}", "no thought"),
         ("scoring={structured: true, models: {latents: [score]}}", "structured or latents"),
+        ("latents.train.processes=2", "leave out processes"),
+        ("prompt.template=rerank_v5", "did you mean 'rerank_v4'"),
+        ("traces.template=rerank_llm", "did you mean 'rerank_llm_v1'"),
+        ("data.windows=[0.9, 0.5, 0.2]", "data.windows must rise"),
+        ("candidates.n=2", "a drill has at least 3 candidates"),
         ("candidates.n=10 ", None),
         ("paths.lake=s3a://key:secret@bucket/gr2", "paths.lake: String should match"),
         ("seed", "write key=value"),
@@ -83,6 +88,7 @@ def test_an_override_changes_one_place_of_a_section_that_the_file_names_twice():
 def test_digest_follows_content_not_place():
     base = load("demo")
     assert base.digest() == load("demo", ["paths.root=/elsewhere"]).digest()
+    assert base.digest() == load("demo", ["data.path=/elsewhere"]).digest()
     assert base.digest("rl") != load("demo", ["rl.group=4"]).digest("rl")
     assert base.digest("sft") == load("demo", ["rl.group=4"]).digest("sft")
     assert base.digest() == load("demo", ["sft.student.checkpoint_every=7"]).digest()

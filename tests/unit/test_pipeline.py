@@ -2,11 +2,12 @@
 
 import json
 import threading
+from dataclasses import replace
 
 import pytest
 
 import schemas
-from gr2 import pipeline
+from gr2 import PROJECT, pipeline
 from gr2.config import Config, load
 from gr2.context import Context, Result
 from gr2.errors import ConfigError
@@ -59,6 +60,36 @@ def test_code_hash_covers_what_a_stage_imports():
     assert len(set(hashes.values())) == len(hashes), "two stages hash alike: their modules were not read"
 
 
+def test_what_is_loaded_by_its_name_would_be_in_no_hash():
+    stages = [path for room in ("validation", "scoring", "training", "spark_jobs") for path in (PROJECT / room).glob("*.py")]
+    assert not [path.name for path in stages if "import_module(" in path.read_text()]
+
+
+def test_a_contract_counts_for_the_stage_that_writes_its_table():
+    stage, cfg = pipeline.get("items"), load("demo")
+    without = replace(stage, writes=())
+    assert pipeline.settings_of(stage, cfg)["code"] != pipeline.settings_of(without, cfg)["code"]
+
+
+def test_stages_that_draw_by_the_teacher_follow_its_settings_and_its_template():
+    plain = load("demo")
+    for stage in (pipeline.get("reasoning_traces"), pipeline.get("sft_examples")):
+        told = [load("demo", [change]) for change in ("traces.temperature=0.9", "traces.template=rerank_v1", "traces.template=rerank_v4")]
+        assert len({json.dumps(pipeline.settings_of(stage, cfg)) for cfg in (plain, *told)}) == 4
+
+
+def test_raw_files_count_for_the_stages_that_read_them_wherever_they_lie(tmp_path):
+    def prints(folder: str, text: str) -> list[str]:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "events.jsonl.gz").write_text(text)
+        cfg = load("demo", ["data.source=jsonl", f"data.path={tmp_path / folder}", f"paths.root={tmp_path}"])
+        return [pipeline.fingerprint(pipeline.get(name), cfg, Context(cfg)) for name in ("events", "items")]
+
+    first = prints("a", "one")
+    assert prints("b", "one") == first
+    assert not set(prints("b", "three")) & set(first)
+
+
 def test_execute_keeps_a_record_that_up_to_date_understands(ctx, monkeypatch):
     stage = pipeline.Stage("probe", "tests.unit.test_pipeline", ("rl",))
     print_ = pipeline.fingerprint(stage, ctx.cfg, ctx)
@@ -78,7 +109,7 @@ def test_only_the_first_process_of_several_keeps_a_record(ctx, monkeypatch):
 def test_processes_are_the_most_that_a_training_names():
     stage = pipeline.get("latents")
     assert pipeline.processes(stage, load("demo")) == 1
-    assert pipeline.processes(stage, load("demo", ["latents.train.processes=4"])) == 4
+    assert pipeline.processes(pipeline.get("sft"), load("demo", ["sft.teacher.processes=4"])) == 4
 
 
 def run(cfg: Config, ctx: Context) -> Result:
