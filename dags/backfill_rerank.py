@@ -52,7 +52,7 @@ def days_of(params: dict[str, Any], ds: str | None) -> list[str]:
     doc_md=__doc__,
 )
 def backfill_rerank() -> None:
-    """The days one after the other: each makes its lists if they are not there, then asks the model."""
+    """The days one after the other: each makes its lists anew (equal ones stay as they are), then asks the model."""
 
     @task(on_failure_callback=tell)
     def days(params: dict[str, Any] | None = None, ds: str | None = None, dag_run: object = None) -> list[str]:

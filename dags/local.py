@@ -1,5 +1,6 @@
 """`gr2 airflow`: a local Airflow on SQLite with this project's DAGs, for one person's machine."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -40,8 +41,5 @@ def start(root: Path, profile: str, port: int) -> None:
     signal.signal(signal.SIGINT, end)
     signal.signal(signal.SIGTERM, end)
     process.wait()
-    try:
-        process.wait(timeout=1)
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return

@@ -45,7 +45,7 @@ def command(stage: str, profile: str, date: str | None, settings: list[str]) -> 
 
 
 def call(stage: str, profile: str, date: str | None, settings: list[str]) -> str:
-    """Runs one stage to its end, its log into the task's; returns the last line.
+    """Runs one stage to its end, its log into the task's; returns what the stage said of itself in its last lines.
 
     Raises AirflowFailException with the stage's reason where trying again would end alike, AirflowException where it may not.
     """
@@ -61,7 +61,7 @@ def call(stage: str, profile: str, date: str | None, settings: list[str]) -> str
         raise AirflowFailException(f"stage {stage}: {reason}")
     if code:
         raise AirflowException(f"stage {stage} ended with code {code}: {reason}")
-    return lines[-1] if lines else ""
+    return "\n".join(line for line in lines if re.match(rf"[\d:]{{8}} {stage}: ", line))  # the very last one only counts rows
 
 
 def tell(context: Any) -> None:
@@ -97,7 +97,7 @@ def day_of(params: dict[str, Any], ds: str | None, of_day: bool) -> str | None:
 def stage_task(stage: Stage, of_day: bool, outlets: list[Asset] | None = None) -> Any:
     """A task that runs one stage for the run's profile (and its day)."""
     pool = GPU_POOL if stage.gpu else "default_pool"
-    if CLUSTER and not stage.trains and stage.name != "drift":  # what drift found is read from its last line
+    if CLUSTER and not stage.trains and stage.name != "drift":  # what drift found is read from what it said
         from dags.submit import StageSubmit
 
         return StageSubmit(stage=stage, of_day=of_day, conn_id=CLUSTER, pool=pool, outlets=outlets or [])

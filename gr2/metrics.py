@@ -68,32 +68,44 @@ def kendall_tau(order_a: Sequence[Hashable], order_b: Sequence[Hashable]) -> flo
     return float(signs.mean())
 
 
-def paired_bootstrap(values_a: ArrayLike, values_b: ArrayLike, n: int, seed: int, level: float = 0.95) -> tuple[float, float, float]:
-    """(mean of a - b, low, high): percentile bootstrap over requests, the same requests for both. NaN for no request.
+def paired_bootstrap(
+    values_a: ArrayLike, values_b: ArrayLike, n: int, seed: int, level: float = 0.95, users_B: ArrayLike | None = None
+) -> tuple[float, float, float]:
+    """(mean of a - b, low, high): percentile bootstrap over requests, or over `users_B`, the same for both. NaN for no request.
 
     Raises ValueError if the two are not of the same requests (unequal lengths).
     """
     a, b = np.asarray(values_a, dtype=np.float64), np.asarray(values_b, dtype=np.float64)
     if a.shape != b.shape:
         raise ValueError(f"a paired comparison needs the same requests on both sides: {a.shape} against {b.shape}")
-    return bootstrap_mean(a - b, n, seed, level)
+    return bootstrap_mean(a - b, n, seed, level, users_B)
 
 
-def bootstrap_mean(values_B: ArrayLike, n: int, seed: int, level: float = 0.95) -> tuple[float, float, float]:
-    """(mean, low, high) of a percentile bootstrap with n resamples.
+def bootstrap_mean(
+    values_B: ArrayLike, n: int, seed: int, level: float = 0.95, users_B: ArrayLike | None = None
+) -> tuple[float, float, float]:
+    """(mean, low, high) of a percentile bootstrap with n resamples: of requests, or of whole users where `users_B` names each one's.
 
-    Metrics of short lists take few distinct values, so the resamples are drawn as counts of distinct values: the same distribution as
-    drawing requests one by one, at a cost that hardly grows with B.
+    Requests of one user are alike, so drawing them one by one would make the interval too narrow: a user is drawn with the sum and the
+    count of its values, and a resample's mean is the ratio of sums. Metrics of short lists take few distinct values, so the resamples are
+    drawn as counts of distinct values: the same distribution as drawing one by one, at a cost that hardly grows with B.
     """
     found = np.asarray(values_B, dtype=np.float64)
     if not len(found):
         return float("nan"), float("nan"), float("nan")
-    distinct, counts = np.unique(found, return_counts=True)
+    sums: Floats = found
+    sizes: Floats = np.ones(len(found))
+    if users_B is not None:
+        users = np.unique(np.asarray(users_B), return_inverse=True)[1]
+        order = np.lexsort((found, users))  # so that equal values add up to equal sums
+        sums = np.bincount(users[order], weights=found[order]).astype(np.float64)
+        sizes = np.bincount(users).astype(np.float64)
+    distinct, counts = np.unique(sums + 1j * sizes, return_counts=True)  # pairs, in the order of their sums
+    sums, sizes = distinct.real.copy(), distinct.imag.copy()
     generator = np.random.default_rng(seed)
     share, size = counts / counts.sum(), max(1, 4_000_000 // len(distinct))  # draws at once: bounded memory for continuous values
-    means = np.concatenate(
-        [generator.multinomial(len(found), share, size=min(size, n - start)) @ distinct / len(found) for start in range(0, n, size)]
-    )
+    drawn = (generator.multinomial(counts.sum(), share, size=min(size, n - start)) for start in range(0, n, size))
+    means = np.concatenate([some @ sums / (some @ sizes) for some in drawn])
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(found.mean()), float(low), float(high)
 

@@ -4,7 +4,8 @@ Sources: the rank difference and the conditional rule are GR2's (2602.07774), th
 the relative improvement), overlong shaping DAPO's (2503.14476, equation 13). Notation: D incoming order, o output, N = |D|, ranks from 1.
 
 `auc` and `ndcg` are paid as differences from D: the raw scores are positive for any order, so they would pay for a copy.
-A list without a relevant candidate is paid nothing: no order of it can be told from another.
+A list without a relevant candidate earns nothing for its rank: no order of it can be told from another. Where `conditional`, as in METHOD,
+it earns nothing for its form either.
 """
 
 import math

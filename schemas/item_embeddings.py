@@ -12,7 +12,7 @@ TABLE = Table(
     min_rows=1,
     columns=(
         Column("item_id", STRING, "item"),
-        Column("model", STRING, "tfidf_svd, pairs_svd, or the encoder's id"),
+        Column("model", STRING, "tfidf_svd, pairs_svd, or the last two parts of the encoder's id, joined by --"),
         Column("vector", list_of(FLOAT), "unit length; all zero where the model knows nothing of the item"),
     ),
 )

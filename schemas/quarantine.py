@@ -15,7 +15,7 @@ TABLE = Table(
         Column("target", STRING, "table the row was meant for"),
         Column("reason", STRING, "rule that refused it, such as missing_user, bad_time, future_date, not_json"),
         Column("source_file", STRING, "file the row came from"),
-        Column("locator", STRING, "byte offset or line number in the file, or the record's hash"),
+        Column("locator", STRING, "start of the record's hash: equal rows of a file are kept once"),
         Column("record", STRING, "the record, cut to 500 characters, personal fields removed", long=True),
         Column("ingest_date", DATE, "day whose run refused it"),
     ),

@@ -28,12 +28,25 @@ def connect(lake: Lake) -> duckdb.DuckDBPyConnection:
 
 
 def query(ctx: Context, text: str, latest: bool = False) -> pa.Table:
-    """The result of one query. Raises InputError with DuckDB's own message for a bad one."""
+    """The result of one query, no two of its columns named alike. Raises InputError with DuckDB's own message for a bad one."""
     lake = Lake(ctx.place, {} if latest else ctx.promoted.get("tables"))
     try:
-        return connect(lake).sql(text).to_arrow_table()
+        found = connect(lake).sql(text).to_arrow_table()
     except (duckdb.Error, AttributeError) as error:
         raise InputError(f"the query failed: {error}") from None
+    return found.rename_columns(_distinct(found.column_names))
+
+
+def _distinct(names: list[str]) -> list[str]:
+    """Names with a number where they came before: rows are read as mappings, which hold each name once."""
+    taken: list[str] = []
+    for name in names:
+        own, count = name, 1
+        while own in taken:
+            count += 1
+            own = f"{name}_{count}"
+        taken.append(own)
+    return taken
 
 
 def print_query(ctx: Context, text: str, output: str, latest: bool) -> None:

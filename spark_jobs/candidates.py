@@ -20,7 +20,6 @@ a pool of Python workers would only hold more copies of the model.
 """
 
 import datetime as dt
-import importlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -53,11 +52,13 @@ REQUEST = ("request_id", "split", "user_id", "as_of", "history_ids", "history_da
 
 def run(cfg: Config, ctx: Context) -> Result:
     """Builds the tables. Raises InputError if no split has a request."""
+    from spark_jobs import logged_lists, night_lists  # here, since both build on this module
+
     if ctx.date:
-        return importlib.import_module("spark_jobs.night_lists").build(cfg, ctx, ctx.date)
+        return night_lists.build(cfg, ctx, ctx.date)
     interactions = read(ctx, "interactions")
     if cfg.candidates.source == "log":
-        frame = importlib.import_module("spark_jobs.logged_lists").logged(cfg, interactions, read(ctx, "impressions"))
+        frame = logged_lists.logged(cfg, interactions, read(ctx, "impressions"))
         if frame.isEmpty():
             raise InputError("no logged slate has a click and a user with a history: there is nothing to re-rank in these data")
     else:
@@ -203,12 +204,13 @@ def ranked(
     items_ND, known_N = item_vectors(model, tokens_NL).detach(), own.known_N if own else None
     prompts = Prompts(start_id(tokenizer), tokens_NL, place_of, cfg.midtrain.history_items)
     chosen = cfg.candidates
+    early = dt.timedelta(days=1 if fit == "live" else 0)  # a night's requests are for the day after, of which nothing is known yet
     others = _others(cfg, ctx, fit, pairs, place_of)
     rows = sorted(rows, key=lambda row: (len(row["history_ids"]), row["request_id"]))
     size = chosen.batch
     chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
     for chunk in ctx.track(chunks, f"beams of {artifact.name}", len(chunks)):
-        exclude = [sorted({place_of[i] for i in row["seen_ids"] if i in place_of} | hidden(row["as_of"])) for row in chunk]
+        exclude = [sorted({place_of[i] for i in row["seen_ids"] if i in place_of} | hidden(row["as_of"] - early)) for row in chunk]
         texts = [prompts.of(row["history_ids"]) for row in chunk]
         known = [[place_of[i] for i in row["history_ids"] if i in place_of] for row in chunk]
         mixture = mixed(others, known, exclude)
@@ -288,7 +290,7 @@ def row_of(row: dict[str, Any], fit: str, model_id: str, items: list[str], score
         "model_id": model_id,
         "fit": fit,
         "candidate_ids": items[:n],
-        "prior_scores": [float(s) for s in scores[:n]],
+        "prior_scores": [float(s) for s in scores[: len(items[:n])]],  # places behind the last item hold none
         "grades": [int(item == target) for item in items[:n]],
         "weights": None,
         "target_rank": rank if rank and rank <= n else None,

@@ -26,6 +26,7 @@ from gr2.context import Context, Result
 from gr2.errors import AuditError, MissingInputError
 from gr2.pipeline import read_record
 from schemas.candidates import TIMES
+from schemas.lake import HISTORY
 from spark_jobs.publish import publish
 from spark_jobs.session import frame_of
 from validation import hacking, leakage, position
@@ -66,6 +67,11 @@ class Requests:
         """Whether something relevant is in the list: (R,) of bool. No order can score without it."""
         return np.array([any(r["grades"]) for r in self.rows], bool)
 
+    @cached_property
+    def users(self) -> np.ndarray:
+        """(R,) of int: a number for each user, what intervals draw."""
+        return np.unique([r["user_id"] for r in self.rows], return_inverse=True)[1]
+
     @property
     def size(self) -> int:
         """Length of the longest list."""
@@ -87,7 +93,8 @@ class Requests:
             known = self.grades[request]
             if len(order) != len(known) or set(order) != set(known):
                 raise AuditError(
-                    f"request {request}: the order is no permutation of its candidates; were they built anew after the scoring?"
+                    f"request {request}: the order is no permutation of its candidates; were they built anew after the scoring? "
+                    "Then run `gr2 stage baselines` again, and score anew"
                 )
             grades_RN[self.place[request], : len(order)] = [known[item] for item in order]
         return grades_RN
@@ -97,7 +104,7 @@ def run(cfg: Config, ctx: Context) -> Result:
     """Publishes metrics, then audits. Raises AuditError, after publishing both, if an audit failed."""
     requests = judged(ctx)
     scored = [r for r in current_scores(cfg, ctx) if r["request_id"] in requests.place]
-    coverage = list(check_coverage(requests, scored))
+    coverage = [*check_coverage(requests, scored), *check_baselines(cfg, ctx, requests)]
     orders = all_orders(ctx, requests, scored)
     rows = [*figures(cfg, requests, orders), *full_ranking(cfg, requests)]
     common = {"run_id": ctx.run_id, "profile": cfg.profile, "protocol": f"{cfg.data.protocol}/{cfg.data.same_day_order}", "seed": cfg.seed}
@@ -148,9 +155,19 @@ def check_coverage(requests: Requests, scored: list[dict[str, Any]]) -> Iterator
         yield finding("coverage", f"{model}/{mode}", float(len(hits - done)), high=0.0, detail=detail)
 
 
+def check_baselines(cfg: Config, ctx: Context, requests: Requests) -> Iterator[Finding]:
+    """That each configured baseline ordered every request, and none that is gone: else `candidates` was built anew since."""
+    ordered = _baselines(ctx)
+    for model in ("prerank", *cfg.evaluation.baselines):
+        apart = requests.place.keys() ^ ordered.get((model, "order"), {}).keys()
+        detail = "requests that it did not order, or that are gone: run `gr2 stage baselines` where there are any"
+        yield finding("coverage", f"{model}/order", float(len(apart)), high=0.0, detail=detail)
+
+
 def all_orders(ctx: Context, requests: Requests, scored: list[dict[str, Any]]) -> Orders:
     """The incoming order, those of the baselines, those of the models' first replica."""
-    return {("prerank", "order"): requests.incoming, **_baselines(ctx), **_models(scored)}
+    known = {name: {r: order for r, order in found.items() if r in requests.place} for name, found in _baselines(ctx).items()}
+    return {("prerank", "order"): requests.incoming, **known, **_models(scored)}
 
 
 def _models(scored: list[dict[str, Any]]) -> Orders:
@@ -186,10 +203,11 @@ def figures(cfg: Config, requests: Requests, orders: Orders) -> Iterator[dict[st
                     "n_candidates": requests.size,
                     "metric": metric,
                 }
-                yield _figure(cfg, base, "", own[chosen])
+                users = requests.users[chosen]
+                yield _figure(cfg, base, "", own[chosen], users)
                 for reference in REFERENCES:
                     if (reference, "order") in values and model != reference:
-                        yield _figure(cfg, base, reference, own[chosen] - values[reference, "order"][chosen])
+                        yield _figure(cfg, base, reference, own[chosen] - values[reference, "order"][chosen], users)
 
 
 def full_ranking(cfg: Config, requests: Requests) -> Iterator[dict[str, Any]]:
@@ -202,7 +220,7 @@ def full_ranking(cfg: Config, requests: Requests) -> Iterator[dict[str, Any]]:
         for population, slice_, chosen in _parts(requests):
             if population == "overall":
                 base = {"model": "prerank", "mode": "full", "population": population, "slice": slice_, "n_candidates": 0, "metric": metric}
-                yield _figure(cfg, base, "", own[chosen])
+                yield _figure(cfg, base, "", own[chosen], requests.users[chosen])
 
 
 def _parts(requests: Requests) -> Iterator[tuple[str, str, np.ndarray]]:
@@ -214,8 +232,8 @@ def _parts(requests: Requests) -> Iterator[tuple[str, str, np.ndarray]]:
                 yield population, slice_, chosen
 
 
-def _figure(cfg: Config, base: dict[str, Any], reference: str, values_B: np.ndarray) -> dict[str, Any]:
-    value, low, high = metrics.bootstrap_mean(values_B, cfg.evaluation.bootstrap, cfg.seed)
+def _figure(cfg: Config, base: dict[str, Any], reference: str, values_B: np.ndarray, users_B: np.ndarray) -> dict[str, Any]:
+    value, low, high = metrics.bootstrap_mean(values_B, cfg.evaluation.bootstrap, cfg.seed, users_B=users_B)
     return {**base, "reference": reference, "value": value, "low": min(low, value), "high": max(high, value), "n": len(values_B)}
 
 
@@ -269,12 +287,12 @@ def _replace_run(ctx: Context, table: str, rows: Iterable[dict[str, Any]]) -> in
 
 
 def results_table(ctx: Context) -> Any:
-    """A rich table (80 columns) of this run's figures, or of the latest there is: later days first, then all, with gains over prerank."""
+    """A rich table (80 columns) of this run's figures, or of the latest run's: later days first, then all, with gains over prerank."""
     from rich import box
     from rich.table import Table
 
     found = ctx.lake.read("metrics").to_pylist()
-    run_id = ctx.run_id if any(r["run_id"] == ctx.run_id for r in found) else max(r["run_id"] for r in found)
+    run_id = _shown_run(ctx, {r["run_id"] for r in found})
     cells: dict[tuple[str, ...], dict[str, Any]] = {
         tuple(r[k] for k in ("model", "mode", "population", "slice", "metric", "reference")): r for r in found if r["run_id"] == run_id
     }
@@ -300,6 +318,15 @@ def results_table(ctx: Context) -> Any:
     return table
 
 
+def _shown_run(ctx: Context, there: set[str]) -> str:
+    """This run if it has figures, else the run of the latest commit: ids end in a hash, whose order says nothing."""
+    if ctx.run_id in there:
+        return ctx.run_id
+    commits = ctx.lake.open("metrics").history(HISTORY)  # latest first; each replaces one run's partition
+    wrote = [str(c.get("operationParameters", {}).get("predicate")) for c in commits if c["operation"] == "WRITE"]
+    return next((run for said in wrote for run in there if f"'{run}'" in said), max(there, default=""))
+
+
 def _text(row: dict[str, Any] | None) -> str:
     return f"{row['value']:.4f}" if row else ""
 
@@ -315,4 +342,4 @@ def _caption(cells: Mapping[tuple[str, ...], dict[str, Any]]) -> str:
         five, ten = (cells.get(("prerank", "full", "overall", slice_, metric, "")) for metric in ("recall@5", "recall@10"))
         if five and ten:
             parts.append(f"{slice_} R@5 {five['value']:.4f} R@10 {ten['value']:.4f}")
-    return ("pre-ranker over all items: " + "; ".join(parts) + ". " if parts else "") + "Brackets: paired bootstrap, 95 %"
+    return ("pre-ranker over all items: " + "; ".join(parts) + ". " if parts else "") + "Brackets: paired bootstrap over users, 95 %"

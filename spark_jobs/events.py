@@ -21,7 +21,7 @@ import schemas
 from gr2 import simulate
 from gr2.config import Config
 from gr2.context import Context, Result
-from gr2.errors import AuditError
+from gr2.errors import AuditError, ConfigError
 from gr2.sections import Files
 from spark_jobs import readers, sources
 from spark_jobs.publish import publish
@@ -38,8 +38,10 @@ PERIODS = {"day": "yyyy-MM-dd", "month": "yyyy-MM", "year": "yyyy"}
 def run(cfg: Config, ctx: Context) -> Result:
     """Ingests the day of --date, or all there is.
 
-    Raises InputError for an unreadable file, AuditError for a broken sum or too many refusals.
+    Raises ConfigError for periods other than the table's, InputError for an unreadable file, AuditError for a broken sum or too many
+    refusals.
     """
+    _same_periods(ctx, cfg.data.period)
     if cfg.data.source == "simulator":
         started = time.monotonic()
         written = simulate.write_days(cfg.simulator, cfg.seed, ctx.raw_path(), readers.known_days(ctx), ctx.root / "truth")
@@ -50,6 +52,16 @@ def run(cfg: Config, ctx: Context) -> Result:
         return _ingest(cfg, ctx, judged, raw)
     finally:
         judged.unpersist()
+
+
+def _same_periods(ctx: Context, period: str) -> None:
+    """A key is looked for among the rows of its own period: under another length of periods no event would be found again."""
+    there = ctx.lake.dataset("events").head(1, columns=["period"])["period"].to_pylist() if ctx.lake.exists("events") else []
+    if there and len(there[0]) != len(PERIODS[period]):
+        raise ConfigError(
+            f"events lie in periods such as {there[0]}: with data.period={period} each would be added a second time; "
+            "keep data.period as it was, or build under another paths.root"
+        )
 
 
 def with_time(frame: DataFrame, files: Files) -> DataFrame:
@@ -88,6 +100,7 @@ def _rules() -> dict[str, Column]:
     return {
         "not_json": ~F.col("parsed") & F.col("source_file").contains(".json"),
         "bad_line": ~F.col("parsed"),
+        "bad_mark": kind == sources.UNREADABLE,
         "missing_kind": kind.isNull(),
         "unknown_kind": ~kind.isin(*KINDS),
         "missing_user": F.col("user_id").isNull(),

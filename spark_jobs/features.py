@@ -16,6 +16,7 @@ from pyspark.sql.types import DoubleType, StructField, StructType
 
 import schemas
 from gr2.context import Context
+from gr2.errors import MissingInputError
 from spark_jobs.session import read
 
 LOOKBACK = 20  # history items, latest first, that evidence is looked up for
@@ -96,13 +97,19 @@ def _with_catalogue(ctx: Context, crossed: DataFrame) -> DataFrame:
 
 
 def _with_similarity(ctx: Context, crossed: DataFrame) -> DataFrame:
-    """Adds the cosine of the two text vectors. The matrix is broadcast (about 400 bytes an item) and rows are gathered by batch."""
-    model = ctx.cfg.embeddings.encoder or "tfidf_svd"
+    """Adds the cosine of the two text vectors. The matrix is broadcast (about 400 bytes an item) and rows are gathered by batch.
+
+    Raises MissingInputError where there are no vectors of the configured text model: zeros would look like evidence.
+    """
+    from training.tokenizer import text_model
+
+    model = text_model(ctx.cfg.embeddings)
     table = ctx.lake.read("item_embeddings", ["item_id", "vector"], order_by=["item_id"], model=model)
-    width = len(table["vector"][0]) if table.num_rows else 1
-    flat = table["vector"].combine_chunks().flatten() if table.num_rows else pa.array([], pa.float32())
+    if not table.num_rows:
+        raise MissingInputError(f"item_embeddings holds no vectors of model {model!r}: run `gr2 stage item_embeddings` first")
+    width = len(table["vector"][0])
     vectors_ND = np.zeros((table.num_rows + 1, width), np.float32)  # the last row stands for items without a vector
-    vectors_ND[:-1] = flat.to_numpy().reshape(-1, width)
+    vectors_ND[:-1] = table["vector"].combine_chunks().flatten().to_numpy().reshape(-1, width)
     shared = ctx.spark.sparkContext.broadcast((table["item_id"].to_numpy(), vectors_ND))
     schema = StructType([*crossed.schema.fields, StructField("similarity", DoubleType())])
     return crossed.mapInArrow(_similarities(shared), schema)

@@ -160,10 +160,10 @@ def _moved(was: list[dt.date], became: list[dt.date]) -> Column:
 # -- from events to rows ----------------------------------------------------------------------------------------------
 
 
-def to_interactions(acts: DataFrame, data: Data, seed: int, windows: list[dt.date] | None = None) -> DataFrame:
-    """Events that are choices, in the contract of `interactions`. `windows`: their `cuts`, where they are known."""
+def to_interactions(acts: DataFrame, data: Data, seed: int, windows: list[dt.date]) -> DataFrame:
+    """Events that are choices, in the contract of `interactions`. `windows`: their `cuts`."""
     ordered = with_ordinal(strongest(with_session(acts, data.session_gap_minutes)))
-    split = with_split(ordered, data, cuts(days_of(acts), data) if windows is None else windows)
+    split = with_split(ordered, data, windows)
     return finished(shuffled_days(split, seed) if data.same_day_order == "shuffled" else split, data)
 
 

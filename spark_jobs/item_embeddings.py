@@ -10,10 +10,12 @@ Rerun    seeded, rows in order of item id, signs of singular vectors fixed: equa
     gr2 stage item_embeddings --profile demo
 """
 
+from functools import reduce
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from pyspark.sql import DataFrame
 
 from gr2 import artifacts
 from gr2.config import Config
@@ -21,6 +23,7 @@ from gr2.context import Context, Result
 from gr2.errors import MissingInputError
 from schemas import get
 from spark_jobs.embedder import Embedder, Floats, encode_texts, fit
+from spark_jobs.increments import building, until_settled
 from spark_jobs.publish import publish
 from spark_jobs.session import frame_of
 
@@ -29,8 +32,14 @@ PAIRS = "pairs_svd"
 
 def run(cfg: Config, ctx: Context) -> Result:
     """Builds and publishes the vectors."""
+    return until_settled(ctx, lambda: _build(cfg, ctx))
+
+
+def _build(cfg: Config, ctx: Context) -> Result:
+    """One commit for all models. Vectors that another run made meanwhile, of items that came since, are never overwritten."""
     from training.tokenizer import text_model
 
+    now = building(cfg, ctx, "item_embeddings", "item_embeddings", "items")
     items = ctx.lake.read("items", ["item_id", "text"], order_by=["item_id"])
     pairs = ctx.lake.read("item_pairs", ["item_id", "next_item_id", "weight"], order_by=["item_id", "next_item_id"], fit="train")
     ids, texts = items["item_id"].to_pylist(), items["text"].to_pylist()
@@ -40,8 +49,8 @@ def run(cfg: Config, ctx: Context) -> Result:
     vectors = {text_model(settings): encode_texts(settings.encoder, texts) if settings.encoder else embedder.text(texts)}
     if settings.collaborative_dim:
         vectors[PAIRS] = embedder.pairs(ids, *linked)
-    for model, vectors_ND in vectors.items():
-        publish(ctx, "item_embeddings", frame_of(ctx, rows(ids, model, vectors_ND)), partition={"model": model})
+    frames = (frame_of(ctx, rows(ids, model, vectors_ND)) for model, vectors_ND in vectors.items())
+    publish(ctx, "item_embeddings", reduce(DataFrame.unionByName, frames), {"model": set(vectors)}, now)
     cold = float((~vectors[PAIRS].any(axis=1)).mean()) if settings.collaborative_dim else 1.0
     detail = {"models": sorted(vectors), "share_without_pairs": cold}
     return Result(rows_in=len(ids) + pairs.num_rows, rows_out=len(ids) * len(vectors), detail=detail)

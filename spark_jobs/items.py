@@ -48,7 +48,8 @@ def run(cfg: Config, ctx: Context) -> Result:
         raise AuditError(f"items: {distinct} items were read, but {published} published: rows were lost")
     detail = {"reasons": reasons, "unknown_columns": unknown, "without_metadata": published - distinct, "without_text": without_text}
     ctx.log(f"items: {published - distinct} only in events, {without_text} without text")
-    return Result(rows_in=rows_in, rows_out=published, quarantined=rows_in - good, duplicates=good - distinct, detail=detail)
+    # bare items were no rows of the metadata: counted here, they would break rows in = out + quarantined + duplicates
+    return Result(rows_in=rows_in, rows_out=distinct, quarantined=rows_in - good, duplicates=good - distinct, detail=detail)
 
 
 def judge(frame: DataFrame, names: tuple[str, ...], loose_price: bool) -> DataFrame:

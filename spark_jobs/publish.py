@@ -116,18 +116,27 @@ def conform(table: Table, frame: DataFrame) -> DataFrame:
 
 def content_hash(table: Table, frame: DataFrame) -> tuple[int, str]:
     """Rows and an order-free hash of the stable columns: equal for equal content (DESIGN contract 1)."""
-    row = frame.agg(F.count(F.lit(1)).alias("rows"), rows_hash(*table.stable()).alias("content")).collect()[0]
+    row = frame.agg(F.count(F.lit(1)).alias("rows"), rows_hash(*content_of(table)).alias("content")).collect()[0]
     return int(row["rows"]), str(row["content"] or 0)
 
 
-def rows_hash(*columns: str) -> Column:
+def content_of(table: Table) -> list[Column]:
+    """What a hash of a row must see: the stable columns, and, since Spark's hash skips nulls and runs arrays together, which values are
+    missing and how long each array is."""
+    columns = [c for c in table.columns if c.name in table.stable()]
+    lengths = [F.coalesce(F.size(c.name), F.lit(-1)) for c in columns if pa.types.is_nested(c.type)]
+    missing = [F.isnull(c.name) for c in columns if c.nullable and not pa.types.is_nested(c.type)]
+    return [*(F.col(c.name) for c in columns), *lengths, *missing]
+
+
+def rows_hash(*columns: Column | str) -> Column:
     """An order-free hash of all rows, an aggregate."""
     return F.sum(F.xxhash64(*columns).cast("decimal(38,0)"))
 
 
 def _audit(ctx: Context, table: Table, written: DataFrame, partition: Partition | None, staged: str) -> dict[str, Any]:
     """One aggregation over what was written, its keys counted beside it; then the table's suite over the aggregates."""
-    told = {"content": rows_hash(*table.stable())}  # no rule, but asked for in the same pass
+    told = {"content": rows_hash(*content_of(table))}  # no rule, but asked for in the same pass
     if table.mode == "insert":
         told |= {f"values({c})": F.collect_set(F.col(c).cast("string")) for c in table.partition_by}
     aggregates = [F.count(F.lit(1)).alias("rows"), *(column.alias(name) for name, column in told.items())]

@@ -3,8 +3,8 @@
 Reads    `candidates` and `candidate_features` (split rerank only), `items`, `semantic_ids`; the vocabulary of `midtrain`; the teacher.
 Writes   `reasoning_traces`: one sample; key sample_id = hash of request, teacher, mode, attempt and prompt. Insert only.
          `work/audits/reasoning_traces.json`: acceptance, chance, cost, leaks, as rows for `audits`.
-Rerun    a sample's seed and shuffle are hashes of request and attempt, and the teacher's name holds a hash of what decides its draws,
-         so the same samples come again and are already there. (Where a service ignores seeds, the first wording stays.)
+Rerun    a sample's seed and shuffle are hashes of request and attempt, and the teacher's name holds a hash of what decides its draws and
+         their verdicts, so the same samples come again and are already there. (Where a service ignores seeds, the first wording stays.)
 
 In rejection the teacher sees what the student will see, under another shuffle at each attempt, until `traces.accepted_per_request` samples
 put the target at `traces.accept_rank` or better, or `traces.max_attempts` are spent. In the targeted mode it is told the target and asked
@@ -35,12 +35,13 @@ from spark_jobs.engine_pool import Rows, Spec, answered, engine_for, portable
 from spark_jobs.program import fitted
 from spark_jobs.prompting import Requests, sample, template_of
 from spark_jobs.publish import publish
-from validation.leaks import leak_of
+from validation.leaks import DIGEST, leak_of
 from validation.traces import findings
 
 SCHEMA = schemas.get("reasoning_traces").arrow()
 SamplingMode = Literal["rejection", "targeted"]
-DRAWN_BY = ("temperature", "max_tokens", "template", "ordered")  # settings of `traces` that change what a teacher draws
+# settings of `traces` that change what a teacher draws, or how it is judged: a row that is there is never judged again
+DRAWN_BY = ("temperature", "max_tokens", "template", "ordered", "accept_rank")
 
 
 def run(cfg: Config, ctx: Context) -> Result:
@@ -92,9 +93,18 @@ def chosen(cfg: Config, ctx: Context) -> list[str]:
 
 
 def teacher(cfg: Config, ctx: Context) -> Spec:
-    """The profile's teacher. Its name ends in a hash of what decides its draws: settings, seed, model or what the program was fitted on."""
+    """The profile's teacher. Its name ends in a hash of what decides its draws and their verdicts.
+
+    That is settings, seed, patterns of leaks, and the model or what the program was fitted on.
+    """
     template = template_of(cfg.prompt, cfg.traces.template)
-    settings = [cfg.seed, cfg.traces.model_dump(mode="json", include=set(DRAWN_BY)), cfg.prompt.model_dump(mode="json"), template.digest]
+    settings = [
+        cfg.seed,
+        cfg.traces.model_dump(mode="json", include=set(DRAWN_BY)),
+        cfg.prompt.model_dump(mode="json"),
+        template.digest,
+        DIGEST,
+    ]
     if cfg.traces.teacher == "evidence":
         program, content = fitted(ctx)
         return Spec("evidence", f"{NAME}@{_digest(settings, content)}", program=program, template=template)

@@ -85,13 +85,22 @@ def manage(ctx: Context, action: str, release_id: str) -> None:
     if action == "retire":
         if release_id not in {r["release_id"] for r in rows}:
             raise InputError(f"no release {release_id!r}; there are: {', '.join(r['release_id'] for r in rows)}")
-        for row in rows:
-            row["status"] = "retired" if row["release_id"] == release_id else row["status"]
-        publish(ctx, "releases", frame_of(ctx, _table("releases", rows)))
+        until_settled(ctx, lambda: _retire(ctx, release_id))
+        rows = ctx.lake.read("releases", order_by=["promoted_at"]).to_pylist()
     elif action != "list":
         raise InputError(f"{action!r}: choose list or retire")
     for row in rows:
         print(f"{row['release_id']}  {row['status']:10}  {row['profile']:10}  {row['promoted_at']:%Y-%m-%d %H:%M}  {row['run_id']}")
+
+
+def _retire(ctx: Context, release_id: str) -> Result:
+    """Retires a release among those that are there; one that a run promotes meanwhile is never overwritten."""
+    base = ctx.lake.version("releases")
+    rows = ctx.lake.read("releases").to_pylist()
+    for row in rows:
+        row["status"] = "retired" if row["release_id"] == release_id else row["status"]
+    built = Built("releases", base, {"retired": release_id}, base)
+    return Result(rows_out=publish(ctx, "releases", frame_of(ctx, _table("releases", rows)), built=built))
 
 
 def _release(cfg: Config, ctx: Context, promoted: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """The static report: one HTML file that opens without a network, and a page for each table.
 
-Reads every table of the run, the models' curves and the audits; writes root/reports/index.html and root/reports/tables/*.html. A rerun
-writes the same files.
+Reads every table of the run, the models' curves and the audits; writes root/reports/index.html and root/reports/tables/*.html. A part
+whose tables are not built yet stays empty. A rerun writes the same files.
 
     gr2 stage report --profile demo        or: gr2 report
 """
 
 import json
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,6 +17,7 @@ import schemas
 from gr2 import PROJECT, artifacts
 from gr2.config import Config
 from gr2.context import Context, Result
+from gr2.errors import MissingInputError
 from gr2.pipeline import STAGES, read_record
 from schemas.candidates import TIMES
 from schemas.query import connect
@@ -27,10 +29,11 @@ SLICES = ("all", *TIMES)
 
 
 def run(cfg: Config, ctx: Context) -> Result:
-    """Renders the report."""
+    """Renders the report. Raises MissingInputError before the first table."""
     facts = Facts(ctx)
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(PROJECT / "conf"), autoescape=True, undefined=jinja2.StrictUndefined)
-    tables = table_pages.write(ctx, environment)
+    if not (tables := table_pages.write(ctx, environment)):
+        raise MissingInputError(f"there is no table under {ctx.place}: run `gr2 run` first")
     page = environment.get_template("report.html.jinja").render(
         profile=cfg.profile, run_id=ctx.run_id, protocol=cfg.data.protocol, order=cfg.data.same_day_order, teacher=cfg.traces.teacher,
         release=facts.release(), results=facts.results(), retrieval=facts.retrieval(), quality=facts.quality(), flow=facts.flow(),
@@ -52,15 +55,16 @@ class Facts:
         self.sql = connect(ctx.lake)
 
     def rows(self, query: str, *values: Any) -> list[dict[str, Any]]:
-        """Rows of a query; parameters are bound, never pasted."""
+        """Rows of a query, none where a table that it names was not built yet; parameters are bound, never pasted."""
+        named = set(re.findall(r"\b(?:FROM|JOIN) (\w+)", query)) & set(schemas.NAMES)
+        if not all(self.ctx.lake.exists(name) for name in named):
+            return []
         result = self.sql.execute(query, list(values))
         names = [column[0] for column in result.description or []]
         return [dict(zip(names, row, strict=True)) for row in result.fetchall()]
 
     def release(self) -> dict[str, Any]:
         """The promoted release, or an empty mapping before the first."""
-        if not self.ctx.lake.exists("releases"):
-            return {}
         found = self.rows("SELECT * FROM releases WHERE status = 'promoted'")
         return {**found[0], "pins": json.loads(found[0]["pins"])} if found else {}
 
@@ -146,12 +150,12 @@ class Facts:
 
     def refused(self) -> list[dict[str, Any]]:
         """Quarantined rows by reason."""
-        if not self.ctx.lake.exists("quarantine"):
-            return []
         return self.rows("SELECT target, reason, count(*) AS n, min(record) AS example FROM quarantine GROUP BY ALL ORDER BY n DESC")
 
     def sids(self) -> list[str]:
         """Use of each codebook: how items spread over its codes."""
+        if "tokenizer" not in artifacts.names(self.ctx.root):
+            return []
         rows = self.rows("SELECT codes FROM semantic_ids WHERE tokenizer = ?", self.ctx.model("tokenizer", "tokenizer").id)
         if not rows:
             return []
@@ -218,8 +222,6 @@ class Facts:
 
     def rollouts(self) -> list[str]:
         """What answers did over training: reward, copies of either order, likeness to them, the pull of the first slot, failures."""
-        if not self.ctx.lake.exists("rollouts"):
-            return []
         rows = self.rows(
             """
             WITH said AS (

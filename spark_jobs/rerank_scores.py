@@ -45,6 +45,7 @@ from scoring.model import check_items, load_tokenizer
 from spark_jobs.engine_pool import Rows, Spec, answered, engine_for, portable
 from spark_jobs.prompting import render_texts, sample, template_of, views
 from spark_jobs.publish import publish
+from validation import gate
 
 RENDERED = 512  # prompts rendered at once
 TURN = 1000  # more than a request has replicas
@@ -192,8 +193,7 @@ def _gate_views(cfg: Config, ctx: Context) -> Iterator[Shown]:
     """What `release` compares models by: those of a sample of the validation requests whose target is in the list."""
     table = ctx.lake.read("candidates", ["request_id", "target_rank"], order_by=["request_id"], split="valid")
     ranks = dict(zip(table["request_id"].to_pylist(), table["target_rank"].to_pylist(), strict=True))
-    drawn = sample(sorted(ranks), cfg.release.requests, cfg.seed, "gate")
-    return views(ctx, cfg, "valid", [r for r in drawn if ranks[r] is not None])
+    return views(ctx, cfg, "valid", [r for r in gate.sample(ranks, cfg) if ranks[r] is not None])
 
 
 def _chunks(cfg: Config, stream: Iterator[Shown]) -> Iterator[list[Turned]]:

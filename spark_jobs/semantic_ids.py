@@ -21,6 +21,7 @@ from gr2.config import Config, Embeddings, Tokenizer
 from gr2.context import Context, Result
 from gr2.sids import to_text
 from schemas import get
+from spark_jobs.increments import building, until_settled
 from spark_jobs.publish import publish
 from spark_jobs.session import frame_of
 from training.codebooks import Codebooks, Floats
@@ -33,6 +34,12 @@ TABLE = get("semantic_ids")
 
 def run(cfg: Config, ctx: Context) -> Result:
     """Encodes, separates, audits and publishes."""
+    return until_settled(ctx, lambda: _build(cfg, ctx))
+
+
+def _build(cfg: Config, ctx: Context) -> Result:
+    """Adds codes to those that are there: items that another run adds meanwhile are never overwritten."""
+    now = building(cfg, ctx, "semantic_ids", "semantic_ids", "item_embeddings")
     model = ctx.model("tokenizer", "tokenizer")
     books, config = Codebooks.load(model.path)
     settings = Tokenizer.model_validate(config["settings"]["tokenizer"])  # as it was fitted, whatever the profile says today
@@ -50,7 +57,7 @@ def run(cfg: Config, ctx: Context) -> Result:
     audits = sid_health.audits(found, cfg.tokenizer.min_uniqueness)
     (ctx.work("audits") / "semantic_ids.json").write_text(json.dumps(audits, indent=1))
     sid_health.gate(audits, books.builder)
-    publish(ctx, "semantic_ids", frame_of(ctx, table), partition={"tokenizer": model.id})
+    publish(ctx, "semantic_ids", frame_of(ctx, table), partition={"tokenizer": model.id}, built=now)
     detail = {"tokenizer": model.id, "added": new.num_rows, **found}
     return Result(rows_in=len(ids), rows_out=table.num_rows, detail=detail)
 

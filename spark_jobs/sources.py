@@ -11,6 +11,7 @@ import ast
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 
 import pyarrow as pa
@@ -26,6 +27,7 @@ from spark_jobs import readers
 
 MOST = 1_000_000  # items of one sequence
 LONGEST = 1_000_000  # characters of a Python literal: a longer line is refused, not parsed
+UNREADABLE = "unreadable"  # kind of a row whose mark of a click or a purchase cannot be read
 STAMP, REVIEWED = {"time": ("timestamp",)}, {"kind": "review"}
 REVIEW = Files(
     files=("*.json.gz", "*.jsonl.gz", "*.json", "*.jsonl", "!meta_*"),
@@ -145,10 +147,18 @@ def _named(rows: DataFrame, files: Files, known: tuple[str, ...], fields: tuple[
     plain = rows.select("*", F.array_except(F.map_keys("fields"), F.array(*(F.lit(n) for n in fields))).alias("unknown"))
     found = plain.select("*", *(value(field).alias(field) for field in known))
     happened = {"click": files.clicked, "purchase": files.purchased}
-    kinds = [F.when(F.col("fields")[name].isin("1", "true", "True"), F.lit(kind)) for kind, name in happened.items() if name]
-    if not kinds:
+    marks = {kind: F.nullif(F.trim(F.col("fields")[name]), F.lit("")) for kind, name in happened.items() if name}
+    if not marks:
         return found
-    return found.withColumn("kind", F.explode(F.array_compact(F.array(F.coalesce("kind", F.lit("")), *kinds))))
+    unread = reduce(Column.__or__, (mark.isNotNull() & truth_of(mark).isNull() for mark in marks.values()))
+    kinds = F.array_compact(F.array(F.coalesce("kind", F.lit("")), *(F.when(truth_of(mark), F.lit(kind)) for kind, mark in marks.items())))
+    return found.withColumn("kind", F.explode(F.when(unread, F.array(F.lit(UNREADABLE))).otherwise(kinds)))
+
+
+def truth_of(mark: Column) -> Column:
+    """A text as true or false, however it is spelled (1, 1.0, TRUE, yes); null where it is neither."""
+    number = mark.try_cast("double")
+    return F.coalesce(mark.try_cast("boolean"), F.when(number.isin(0.0, 1.0), number == 1.0))
 
 
 # -- rows: record, source_file, parsed, fields (a map of texts) ---------------------------------------------------------

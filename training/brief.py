@@ -56,6 +56,7 @@ def fit(cfg: Config, ctx: Context, model: Any, tokenizer: Any, base: Artifact, t
             total_steps=max(1, settings.max_steps),
             ctx=ctx,
             seed=cfg.seed,
+            fingerprint=manifest["fingerprint"],
             label="brief",
         )
         after = measure(model, policy, tokenizer, template, held_out)

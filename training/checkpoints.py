@@ -1,4 +1,4 @@
-"""Checkpoints of a training: whole or not there, verified before they are read, removed when the training is done.
+"""Checkpoints of a training: whole or not there, verified before they are read, removed when the model is published.
 
     <home>/step-000200/        state-00001.safetensors..., metrics.jsonl, state.json, manifest.json
     <home>/latest.json         {"folder": ...}, replaced atomically once the folder is complete
@@ -27,8 +27,8 @@ SHARD = 2**31  # bytes after which a file of tensors is closed: what the first p
 WEIGHT, AVERAGE = "weight", "average"
 
 
-def save(engine: Any, home: Path, state: dict[str, Any], curve: Path) -> Path | None:
-    """Writes a checkpoint (all ranks call this) and makes it the latest; older ones are removed. Returns its folder on rank 0."""
+def save(engine: Any, home: Path, state: dict[str, Any], curve: Path) -> None:
+    """Writes a checkpoint (all ranks call this) and makes it the latest; older ones are removed."""
     final = home / f"step-{engine.step:06d}"
     draft = home / f".draft-{final.name}"
     if dist.get_rank() == 0:
@@ -37,10 +37,9 @@ def save(engine: Any, home: Path, state: dict[str, Any], curve: Path) -> Path | 
     dist.barrier()
     _write(_tensors(engine), draft if dist.get_rank() == 0 else None)
     if dist.get_rank() != 0:
-        return None
+        return
     shutil.copyfile(curve, draft / "metrics.jsonl")
-    stand = {"step": engine.step, "world": dist.get_world_size(), "zero_stage": engine.settings.zero_stage, **state}
-    (draft / "state.json").write_text(json.dumps(stand, indent=1))
+    (draft / "state.json").write_text(json.dumps({"step": engine.step, **state}, indent=1))
     (draft / "manifest.json").write_text(json.dumps(_digests(draft), indent=1, sort_keys=True))
     _to_disk(draft)
     if final.exists():  # never the last good one of this training, which stands at an earlier step
@@ -51,7 +50,6 @@ def save(engine: Any, home: Path, state: dict[str, Any], curve: Path) -> Path | 
     os.replace(pointer, home / "latest.json")
     for old in [p for p in home.iterdir() if p.is_dir() and p != final and p.name.startswith(("step-", ".draft-"))]:
         shutil.rmtree(old, ignore_errors=True)
-    return final
 
 
 def discard(home: Path) -> None:
@@ -104,8 +102,8 @@ def verify(folder: Path) -> None:
 
 
 def clear(home: Path) -> None:
-    """Removes all checkpoints of a finished training (rank 0)."""
-    if dist.get_rank() == 0 and home.exists():
+    """Removes all checkpoints of a training whose model is published (the first process calls this)."""
+    if home.exists():
         (home / "latest.json").unlink(missing_ok=True)
         for old in [p for p in home.iterdir() if p.is_dir() and p.name.startswith(("step-", ".draft-"))]:
             shutil.rmtree(old, ignore_errors=True)

@@ -17,6 +17,7 @@ from gr2.config import Config, Model, Section, Training
 from gr2.context import Context
 from gr2.errors import MissingInputError
 from scoring.model import save
+from training import checkpoints
 from training.data import Batch, Loader
 from training.loop import LossFn, Summary, planned_steps, rank, token_logprobs, train, world
 from training.losses import sft_loss
@@ -53,7 +54,8 @@ def fit(
     if kept := _published(ctx, name, manifest["fingerprint"]):
         ctx.log(f"{name}: trained before from the same inputs, settings and code: kept")
         return kept
-    with publishing(ctx, name, manifest) as folder:
+    checkpoint = ctx.work(name, "checkpoint")
+    with publishing(ctx, name, manifest, checkpoint) as folder:
         summary = train(
             model,
             loader,
@@ -62,7 +64,7 @@ def fit(
             folder=folder,
             total_steps=planned_steps(loader, settings),
             ctx=ctx,
-            checkpoint=ctx.work(name, "checkpoint"),
+            checkpoint=checkpoint,
             seed=cfg.seed,
             validate=validate,
             fingerprint=manifest["fingerprint"],
@@ -118,14 +120,17 @@ def _alone(cfg: Config, model: str, settings: Training) -> Config:
 
 
 @contextlib.contextmanager
-def publishing(ctx: Context, name: str, manifest: dict[str, Any]) -> Iterator[Path]:
+def publishing(ctx: Context, name: str, manifest: dict[str, Any], checkpoint: Path | None = None) -> Iterator[Path]:
     """The folder that becomes the model `name` on the first process; a folder of no consequence on the others.
 
-    All leave together: what comes next may read the model.
+    All leave together: what comes next may read the model. Until then its training's `checkpoint` stays: a model that could not be
+    published, as on a full disk, is not trained from the first step again.
     """
     if rank() == 0:
         with artifacts.publish_folder(ctx.root, name, manifest) as folder:
             yield folder
+        if checkpoint:
+            checkpoints.clear(checkpoint)
     else:
         yield ctx.work("ranks", str(rank()))
     if world() > 1:

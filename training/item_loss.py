@@ -41,11 +41,11 @@ class ItemLoss:
         weights_M = batch.weights_BT[batch.learned_BT]
         loss = -(weights_M * state_logprobs(model, hidden_MD, targets_M)).sum() / batch.norm
         places_I, items_I = (torch.from_numpy(a).to(hidden_MD.device) for a in self.starts(targets_M.cpu().numpy()))
-        if not len(places_I):
-            return loss, {"item_loss": 0.0}
         if hasattr(model.get_input_embeddings().weight, "ds_id"):
             raise ConfigError("the item loss reads the embeddings whole: set midtrain.item_weight to 0, or zero_stage to 2 or less")
         items_ND = item_vectors(model, self.tokens_NL)
+        if not len(places_I):  # own vectors have a gradient all the same: ranks reduce the same parameters
+            return loss + 0.0 * items_ND.sum(), {"item_loss": 0.0}
         logits_IN = (hidden_MD[places_I] @ items_ND.T.to(hidden_MD.dtype)).float()
         nll_I = torch.nn.functional.cross_entropy(logits_IN, items_I, reduction="none")
         share = self.levels * (weights_M[places_I] * nll_I).sum() / batch.norm

@@ -33,8 +33,8 @@ from scoring.compressed import encode_marked, known_items, marked, said_of, save
 from scoring.model import autocast, encode, encode_all, hidden_states, label_ids, label_logprobs, load, right_padded
 from training import brief
 from training.fitting import manifest_of, publishing
-from training.loop import train
-from training.rollouts import MOST, Task, read_tasks
+from training.loop import device, train
+from training.rollouts import MOST, Deck, Task, read_tasks
 
 VECTORS = pa.schema([("item_id", STRING), ("vectors", list_of(FLOAT)), ("k", INT), ("text_tokens", INT)])
 
@@ -43,21 +43,22 @@ def run(cfg: Config, ctx: Context) -> Result:
     """Trains, measures, publishes. Raises MissingInputError, InputError (no prompt, or prompts without an item)."""
     base = ctx.model("rl", "rl")
     model, tokenizer = load(base.path)
-    model.requires_grad_(False)
+    model.requires_grad_(False).to(device())  # the compressor reads through it where DeepSpeed trains the compressor
     items = read_items(ctx, cfg, tokenizer)
     template = load_template(cfg.prompt.template, cfg.prompt.evidence)
     learn, held_out = (
         texts(model, tokenizer, read_tasks(ctx, split, most), items, template)
         for split, most in (("rerank", MOST), ("valid", cfg.latents.validate_requests))
     )
-    compressor = Compressor(model, items.readings_IS.shape[1], cfg.latents, cfg.seed)
+    compressor = Compressor(model, items.readings_IS.shape[1], cfg.latents, cfg.seed).to(model.device)
     settings = cfg.latents.train
     stream = Stream(learn, settings.tokens_per_batch, cfg.seed)
     ctx.log(f"latents: {len(learn)} prompts, {settings.max_steps} steps, about {settings.max_steps * settings.tokens_per_batch:,} tokens")
     tables = {t: ctx.lake.content_version(t) for t in ("rl_prompts", "items", "semantic_ids")}
     manifest = manifest_of(cfg, "latents", "latents", settings, {"tables": tables, "models": {"rl": base.hash}})
     before = measure(model, compressor, tokenizer, items, held_out)
-    with publishing(ctx, "latents", manifest) as folder:
+    checkpoint = ctx.work("latents", "checkpoint")
+    with publishing(ctx, "latents", manifest, checkpoint) as folder:
         summary = train(
             compressor,
             stream,
@@ -66,7 +67,7 @@ def run(cfg: Config, ctx: Context) -> Result:
             folder=folder,
             total_steps=max(1, settings.max_steps),
             ctx=ctx,
-            checkpoint=ctx.work("latents", "checkpoint"),
+            checkpoint=checkpoint,
             seed=cfg.seed,
             fingerprint=manifest["fingerprint"],
             label="latents",
@@ -140,26 +141,22 @@ class Stream:
     """Endless batches of texts of at most `tokens` tokens; its state is one number."""
 
     def __init__(self, found: Sequence[Text], tokens: int, seed: int) -> None:
-        self.found, self.seed, self.taken, self.tokens = found, seed, 0, 0
+        self.deck, self.tokens = Deck(found, seed), 0
         self.size = max(1, tokens // max(len(text.ids) for text in found))
 
     def __iter__(self) -> Iterator[list[Text]]:
         while True:
-            batch = []
-            for place in range(self.taken, self.taken + self.size):
-                epoch, within = divmod(place, len(self.found))
-                batch.append(self.found[int(np.random.default_rng([self.seed, epoch]).permutation(len(self.found))[within])])
-            self.taken += self.size
+            batch = self.deck.take(self.size)
             self.tokens += sum(len(text.ids) + len(text.short) for text in batch)
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands."""
-        return {"taken": self.taken, "tokens": self.tokens}
+        return {"taken": self.deck.taken, "tokens": self.tokens}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on where `state` stood."""
-        self.taken, self.tokens = int(state["taken"]), int(state["tokens"])
+        self.deck.taken, self.tokens = int(state["taken"]), int(state["tokens"])
 
 
 # -- the compressor ---------------------------------------------------------------------------------------------------
@@ -227,7 +224,9 @@ def answer_logprobs(model: Any, compressor: Compressor | None, items: Items, bat
             row += [n] if n >= 0 else range(first + local[-n - 1] * k, first + (local[-n - 1] + 1) * k)
         rows.append(row)
     ids_BT, lengths_B = right_padded(rows, 0)
-    hidden_BTD = hidden_states(model, inputs_embeds=table_VD[ids_BT.to(table_VD.device)], use_cache=False).last_hidden_state
+    # Plain indexing adds gradients of equal ids in any order, so that no rerun would repeat.
+    embedded_BTD = torch.nn.functional.embedding(ids_BT.to(table_VD.device), table_VD)
+    hidden_BTD = hidden_states(model, inputs_embeds=embedded_BTD, use_cache=False).last_hidden_state
     parts = [hidden_BTD[b, int(lengths_B[b]) - text.learned - 1 : int(lengths_B[b]) - 1] for b, text in enumerate(batch)]
     return torch.log_softmax(model.get_output_embeddings()(torch.cat(parts)).float(), dim=-1)
 

@@ -5,12 +5,13 @@
 
 `loss_fn(model, batch) -> (loss, floats)` gives one micro-batch's **share** of the step's loss: its weighted sum over `batch.norm`.
 Shares, and the floats, add up over micro-batches and ranks. Weights stay fp32; matrix products run in bf16 (settings.precision). For RL,
-`open_engine` gives the engine without the loop: `engine.backward_and_step(loss_fn, micro_batches)`.
+`Engine` is there without the loop: `engine.backward_and_step(loss_fn, micro_batches)`.
 
 One process needs no launcher; several are started by torchrun. Shapes: B rows, T tokens, M learned tokens, D hidden size, V vocabulary.
 """
 
 import atexit
+import contextlib
 import gc
 import itertools
 import json
@@ -163,12 +164,25 @@ class Engine:
         totals = sum_over_ranks(totals)
         if not math.isfinite(totals["loss"]):
             raise ModelError(f"the loss is {totals['loss']} at step {self.step}: lower the learning rate or look at the data")
-        found = norm if norm is not None else self.deepspeed.get_global_grad_norm() or 0.0
-        return {**totals, "grad_norm": float(found), "lr": lr}
+        found = float(norm if norm is not None else self.deepspeed.get_global_grad_norm() or 0.0)
+        if not math.isfinite(found):  # else DeepSpeed leaves the step out without a word, or takes it
+            raise ModelError(f"the gradient's norm is {found} at step {self.step}: lower the learning rate or look at the data")
+        return {**totals, "grad_norm": found, "lr": lr}
 
     def _norm(self) -> torch.Tensor:
         """Norm of the averaged gradients before they are clipped, which DeepSpeed tells of optimizers of its own alone."""
         return torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+
+    @contextlib.contextmanager
+    def exported(self) -> Iterator[None]:
+        """Within it the model is what would be exported: in eval mode, with the averaged weights, if asked for."""
+        self.model.eval()
+        own = [(p, p.detach().clone()) for p in self.average.parameters] if self.average else []
+        if self.average:
+            self.average.copy_to(self.model)
+        yield
+        for parameter, weight in own:
+            parameter.data.copy_(weight)
 
     def close(self) -> None:
         """Ends training: whole (averaged, if asked; merged) weights are left in `model`, in eval mode, and the engine's memory is freed."""
@@ -192,11 +206,6 @@ class Engine:
             with deepspeed.zero.GatheredParameters([parameter], enabled=self.settings.zero_stage == 3):
                 weights.append(parameter.data.detach().clone())
         return weights
-
-
-def open_engine(model: Any, settings: Training, total_steps: int, seed: int = 0) -> Engine:
-    """The engine alone, for trainers with a loop of their own (RL, OPD). Call `close` at the end."""
-    return Engine(model, settings, total_steps, seed)
 
 
 class Average:
@@ -283,6 +292,11 @@ def world() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def device() -> torch.device:
+    """Where this process trains: the device that DeepSpeed gives its engines."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def sum_over_ranks(values: dict[str, float]) -> dict[str, float]:
     """Each value summed over the processes, all of which must ask for the same names."""
     if world() == 1:
@@ -337,8 +351,8 @@ def train(
     `steps` gives micro-batches, `settings.accumulation` a step; with `state_dict`/`load_state_dict` it is resumable. `folder` gets
     `metrics.jsonl`, a line a step. With `checkpoint` (a folder) and `settings.checkpoint_every`, an interrupted training with the same
     `fingerprint` (what decides the result: settings and data) goes on where the last whole checkpoint stands: bit for bit at the same ZeRO
-    stage and world size, within rounding at others. The checkpoint is removed at the end. `validate(model)` adds its floats to the lines of
-    its steps.
+    stage and world size, within rounding at others. The last checkpoint stays until the model is published (`fitting.publishing`).
+    `validate(model)` adds its floats, of the weights that would be exported, to the lines of its steps.
     """
     engine = Engine(model, settings, total_steps, seed)
     curve = folder / "metrics.jsonl"
@@ -352,8 +366,8 @@ def train(
         last = engine.backward_and_step(loss_fn, list(itertools.islice(stream, settings.accumulation)))
         tokens += int(last["tokens"])
         if validate and (engine.step == total_steps or (validate_every and engine.step % validate_every == 0)):
-            model.eval()
-            last |= {f"valid_{name}": value for name, value in validate(model).items()}
+            with engine.exported():
+                last |= {f"valid_{name}": value for name, value in validate(model).items()}
         seconds = time.monotonic() - started
         if rank() == 0:
             line = {"step": engine.step, **last, "tokens": tokens, "seconds": round(seconds, 3)}
@@ -366,8 +380,6 @@ def train(
             _save(engine, checkpoint, {"fingerprint": fingerprint, "loader": stand, "tokens": tokens, "seconds": seconds}, curve, ctx)
     engine.close()
     tracker.close()
-    if checkpoint:
-        checkpoints.clear(checkpoint)
     return Summary(total_steps, tokens, time.monotonic() - started, float(last["loss"]))
 
 

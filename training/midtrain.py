@@ -227,10 +227,12 @@ def _fit(
     _announce(ctx, name, model, loader, settings, loss_fn)
     pairs = held_out(texts["train"], texts["refit"], cfg.midtrain.held_out) if fit_of == "train" else []
     validate = validator(tokenizer, pairs, eager)
-    inputs = {
+    inputs: dict[str, dict[str, Any]] = {
         "tables": {table: ctx.lake.content_version(table) for table in ("midtrain_examples", "semantic_ids")},
         "models": {"tokenizer": ctx.model("tokenizer", "tokenizer").hash},
     }
+    if name == "midtrain-refit" and cfg.midtrain.refit_from == "midtrain":
+        inputs["models"]["midtrain"] = ctx.model("midtrain", STAGE).hash  # what it starts from
     notes: dict[str, Any] = {"fit": fit_of, "parameters": sum(p.numel() for p in model.parameters())}
     size = cfg.models.teacher if name == "midtrain-teacher" else cfg.models.student
     if size is not None and size.base is None:

@@ -15,6 +15,7 @@ without any are sampled. Sampling itself repeats as far as the engine does: on o
 
 import contextlib
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -33,7 +34,7 @@ from scoring.model import load, save
 from scoring.vllm_engine import VLLMEngine
 from training import rollouts as samples
 from training.fitting import manifest_of
-from training.loop import Engine, open_engine
+from training.loop import Engine
 from training.losses import opd_advantages
 from training.policy import Ratios, add_logprobs, policy_loss, trees
 from training.rollouts import Deck, Rollout, Task
@@ -129,7 +130,7 @@ class Policy:
         self.cfg, self.ctx, self.plan, self.run_id, self.model = cfg, ctx, plan, run_id, model
         self.curve, self.folder, self.tracker = curve, ctx.work("rollouts", run_id), open_tracker(ctx, run_id, 0)
         self.steps = max(1, plan.settings.max_steps)
-        self.engine = open_engine(model, plan.settings, self.steps * cfg.rl.updates, cfg.seed)
+        self.engine = Engine(model, plan.settings, self.steps * cfg.rl.updates, cfg.seed)
         self.teacher = teacher.to(self.engine.device) if teacher is not None else None
         self.sampler = Sampler(cfg, plan.start, self.engine)
         self.limit = samples.limit_of(cfg.prompt, cfg.rl.mode)
@@ -138,7 +139,7 @@ class Policy:
         self.valid: dict[int, dict[str, float]] = {}
         self.best_step, self.rollouts, self.tokens, self.started = 0, 0, 0, time.monotonic()
 
-    def train(self, deck: Deck, held_out: Sequence[Task]) -> None:
+    def train(self, deck: Deck[Task], held_out: Sequence[Task]) -> None:
         """All steps; leaves the best weights in the model."""
         self.curve.write_text("")
         best, idle = self._validated(0, held_out, {}), 0
@@ -161,7 +162,7 @@ class Policy:
         self.sampler.close()  # last: vLLM ends the process group that both are in
         self.model.load_state_dict(best, strict=False)  # a tied head is stored once
 
-    def _rollouts(self, step: int, deck: Deck) -> tuple[list[Rollout], float]:
+    def _rollouts(self, step: int, deck: Deck[Task]) -> tuple[list[Rollout], float]:
         """The step's rollouts: stored ones are taken up, else sampled and stored before anything is learned from them."""
         path = self.folder / f"step-{step:05d}.arrow"
         started = time.monotonic()
@@ -174,23 +175,21 @@ class Policy:
         return samples.load(path), time.monotonic() - started
 
     def _update(self, step: int, found: list[Rollout]) -> dict[str, float]:
-        """Optimizer steps from the rollouts; writes the trainer's ratios back to their file."""
-        started, totals = time.monotonic(), {"loss": 0.0}
-        ratios = Ratios()
+        """Optimizer steps from the rollouts; writes the trainer's ratios back to their file. What is told is the mean of all updates."""
+        started, ratios = time.monotonic(), Ratios()
         settings = self.plan.settings
         bf16 = settings.precision == "bf16"
-        for part in parts(found, self.cfg.rl.updates):
-            batches = trees(part, settings.tokens_per_batch)
-            if not batches:
-                continue
+        updates = [batches for part in parts(found, self.cfg.rl.updates) if (batches := trees(part, settings.tokens_per_batch))]
+        for batches in updates:  # all of them before the first update: it is against the policy that sampled that ratios are clipped
             if self.teacher is not None:
                 add_logprobs(batches, "teacher", self.teacher, self.cfg.rl.temperature, bf16)
             if self.cfg.rl.updates > 1:
                 add_logprobs(batches, "old", self.model, self.cfg.rl.temperature, bf16)
-            totals = self.engine.backward_and_step(self.loss_for(ratios), batches)
-            self.tokens += int(totals.pop("tokens"))
+        lines = [self.engine.backward_and_step(self.loss_for(ratios), batches) for batches in updates]
+        self.tokens += int(sum(line.pop("tokens") for line in lines))
+        totals = {name: sum(line[name] for line in lines) / len(lines) for name in lines[0]} if lines else {"loss": 0.0}
+        if lines:
             self.sampler.stale = True
-        if self.sampler.stale:
             samples.store([replace(r, ratio=ratios.of(i)) for i, r in enumerate(found)], self.folder / f"step-{step:05d}.arrow")
         return {**totals, "tokens": self.tokens, "training_seconds": round(time.monotonic() - started, 3)}
 
@@ -201,7 +200,9 @@ class Policy:
             self.valid[step] = json.loads(path.read_text())
         else:
             self.valid[step] = samples.validate(self.sampler, held_out, self.cfg)
-            path.write_text(json.dumps(self.valid[step]))
+            temporary = path.with_suffix(".part")
+            temporary.write_text(json.dumps(self.valid[step]))
+            os.replace(temporary, path)
         if step and _quality(self.valid[step]) <= _quality(self.valid[self.best_step]):
             return best
         self.best_step = step

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -31,10 +31,12 @@ from schemas.base import FLOAT, INT, list_of
 from scoring.engine import Answer, Ask, seed_of
 from training.losses import group_advantages
 
-# Beside the columns of the table `rollouts`: what a resumed step needs to train on the very same tokens.
+# Beside the columns of the table `rollouts`: what a resumed step needs to train on the very same tokens, and to log the same.
 TOKENS = (pa.field("token_ids", list_of(INT)), pa.field("logprobs", list_of(FLOAT)), pa.field("prompt_token_ids", list_of(INT)))
+LOGGED = (pa.field("first_slot", INT),)
 MOST = 100_000  # prompts in memory, where a training does not say how many it draws
 COLUMNS = ("prompt_id", "prompt", "mode", "incoming", "shown", "grades", "weights", "evidence")
+T = TypeVar("T")
 
 
 class Sampling(Protocol):
@@ -81,6 +83,7 @@ class Rollout:
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     prompt_token_ids: tuple[int, ...]
+    first_slot: int | None = None  # where the first label was shown, from 0
 
 
 def read_tasks(ctx: Context, split: str, most: int = MOST) -> list[Task]:
@@ -102,13 +105,13 @@ def _weighted(row: dict[str, Any]) -> dict[str, Any]:
     return row | {"grades": [weighted_grade(grade, weight) for grade, weight in zip(row["grades"], weights, strict=True)]}
 
 
-class Deck:
+class Deck(Generic[T]):
     """Prompts drawn without replacement, reshuffled with a seed when all were drawn. Where it stands is one number."""
 
-    def __init__(self, tasks: Sequence[Task], seed: int) -> None:
+    def __init__(self, tasks: Sequence[T], seed: int) -> None:
         self.tasks, self.seed, self.taken = tasks, seed, 0
 
-    def take(self, count: int) -> list[Task]:
+    def take(self, count: int) -> list[T]:
         """The next prompts."""
         places = range(self.taken, self.taken + count)
         self.taken += count
@@ -123,7 +126,7 @@ def limit_of(settings: Prompt, mode: str) -> int:
     return settings.max_answer_tokens + (settings.max_thought_tokens + 3 if mode == "think" else 1)
 
 
-def collect(engine: Sampling, deck: Deck, cfg: Config, step: int, run: str, *, need_variance: bool = True) -> list[Rollout]:
+def collect(engine: Sampling, deck: Deck[Task], cfg: Config, step: int, run: str, *, need_variance: bool = True) -> list[Rollout]:
     """The rollouts of a step: groups until `rl.prompts_per_step` have any variance of reward, or the refills are used up (DAPO).
 
     Groups without variance stay in the list with `used` False. Without `need_variance` (on-policy distillation) every group is used.
@@ -161,10 +164,15 @@ def sample(engine: Sampling, tasks: Sequence[Task], cfg: Config, step: int, run:
         )
         for task, place in drawn
     ]
+    return [judge(task, answer, cfg, step, run, place) for (task, place), answer in zip(drawn, _answers(engine, asks), strict=True)]
+
+
+def _answers(engine: Sampling, asks: Sequence[Ask]) -> list[Answer]:
+    """The engine's answers. Raises EngineError where it could not answer: that is no failure of the policy."""
     answers = engine.generate(asks)
     if broken := [a.error for a in answers if a.error]:
-        raise EngineError(f"{len(broken)} of {len(asks)} rollouts failed in the engine, such as: {broken[0]}")
-    return [judge(task, answer, cfg, step, run, place) for (task, place), answer in zip(drawn, answers, strict=True)]
+        raise EngineError(f"{len(broken)} of {len(asks)} answers failed in the engine, such as: {broken[0]}")
+    return answers
 
 
 def judge(task: Task, answer: Answer, cfg: Config, step: int, run: str, place: int) -> Rollout:
@@ -194,6 +202,7 @@ def judge(task: Task, answer: Answer, cfg: Config, step: int, run: str, place: i
         token_ids=answer.token_ids,
         logprobs=answer.logprobs,
         prompt_token_ids=answer.prompt_token_ids,
+        first_slot=task.shown.index(parsed.order[0]) if parsed.order else None,
     )
 
 
@@ -210,7 +219,7 @@ def with_advantages(rollouts: Sequence[Rollout], group: int, scaled: bool, need_
 
 def store(rollouts: Sequence[Rollout], path: Path) -> None:
     """Writes an Arrow file, whole or not at all."""
-    schema = pa.schema([*schemas.get("rollouts").arrow(), *TOKENS])
+    schema = pa.schema([*schemas.get("rollouts").arrow(), *TOKENS, *LOGGED])
     table = pa.Table.from_pylist([asdict(r) for r in rollouts], schema=schema)
     temporary = path.with_suffix(".part")
     with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
@@ -233,7 +242,8 @@ def _tuples(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def figures(rollouts: Sequence[Rollout], limit: int) -> dict[str, float]:
-    """What a step's log line tells of its rollouts: rewards, failures, copies, likeness to both orders, length."""
+    """What a step's log line tells of its rollouts: rewards, failures, copies (`first_shown`: of the first slot alone), likeness to both
+    orders, length."""
     taus = {name: [getattr(r, name) for r in rollouts if getattr(r, name) is not None] for name in ("tau_incoming", "tau_shown")}
     count = max(1, len(rollouts))
     return {
@@ -243,6 +253,7 @@ def figures(rollouts: Sequence[Rollout], limit: int) -> dict[str, float]:
         "invalid": sum(r.status != "ok" for r in rollouts) / count,
         "identity": sum(t == 1.0 for t in taus["tau_incoming"]) / count,
         "copy_shown": sum(t == 1.0 for t in taus["tau_shown"]) / count,
+        "first_shown": sum(r.first_slot == 0 for r in rollouts) / count,
         "tau_incoming": _mean(taus["tau_incoming"]),
         "tau_shown": _mean(taus["tau_shown"]),
         "length": _mean([r.completion_tokens for r in rollouts]),
@@ -266,10 +277,13 @@ def alarms(line: dict[str, float]) -> list[str]:
 
 
 def validate(engine: Sampling, tasks: Sequence[Task], cfg: Config) -> dict[str, float]:
-    """Greedy answers to held-out prompts: mean R@1 and N@3 (an invalid answer counts 0), invalid and copy rates."""
+    """Greedy answers to held-out prompts: mean R@1 and N@3 (an invalid answer counts 0), invalid and copy rates.
+
+    Raises EngineError where the engine could not answer.
+    """
     asks = [Ask(t.prompt_id, t.prompt, limit_of(cfg.prompt, t.mode), 0.0, 0) for t in tasks]
     ranks, invalid, copies = [], 0, 0
-    for task, answer in zip(tasks, engine.generate(asks), strict=True):
+    for task, answer in zip(tasks, _answers(engine, asks), strict=True):
         order = parse(answer.text, task.incoming, task.mode).order
         grade_of = dict(zip(task.incoming, task.grades, strict=True))
         ranks.append(next((p for p, label in enumerate(order, 1) if grade_of[label] == max(task.grades)), math.nan) if order else math.nan)

@@ -193,8 +193,13 @@ class Epochs(Loader):
         return {"seed": self.seed, "lanes": sum_over_ranks(stand) if self.lanes > 1 else stand}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on where `state` stood. Raises InputError if it is of other rows or another seed."""
-        stand, fits = state["lanes"], state["seed"] == self.seed and len(state["lanes"]) == 3 * self.lanes
+        """Goes on where `state` stood. Raises InputError if it is of other rows, of another seed, or of another number of lanes."""
+        stand, fits = state["lanes"], state["seed"] == self.seed
+        if len(stand) != 3 * self.lanes:
+            raise InputError(
+                f"the saved position is one in {len(stand) // 3} lanes of rows, and {self.world} processes read {self.lanes}: "
+                "go on with as many processes as before, or remove the checkpoint folder to start again"
+            )
         for lane in self.own if fits else ():
             turn, at, rows = (int(stand[f"{name} {lane.lane}"]) for name in ("turn", "at", "rows"))
             lane.go(turn, at)

@@ -7,7 +7,7 @@ TensorBoard's files lie under `<root>/logs/tensorboard`. MLflow's store is the o
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from gr2.context import Context
@@ -22,19 +22,25 @@ class Tracker:
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Takes a line of metrics.jsonl; what is no finite number is left out."""
+        values = {k: float(v) for k, v in line.items() if k != "step" and isinstance(v, int | float) and math.isfinite(v)}
+        self._tried(lambda: self._put(int(line["step"]), values))
+
+    def close(self) -> None:
+        """Writes what is still held back, and ends the mirror."""
+        self._tried(self._end)
+
+    def _tried(self, what: Callable[[], None]) -> None:
         if self.ctx is None:
             return
-        values = {k: float(v) for k, v in line.items() if k != "step" and isinstance(v, int | float) and math.isfinite(v)}
         try:
-            self._put(int(line["step"]), values)
+            what()
         except Exception as error:  # whatever a store far away may raise; its text may hold the address, with a password
             self.ctx.log(f"the tracker failed ({type(error).__name__}): training goes on without it")
             self.ctx = None
 
-    def close(self) -> None:
-        """Writes what is still held back."""
-
     def _put(self, step: int, values: dict[str, float]) -> None: ...
+
+    def _end(self) -> None: ...
 
 
 def open_tracker(ctx: Context | None, run: str, step: int, first: bool = True) -> Tracker:
@@ -67,15 +73,14 @@ class TensorBoard(Tracker):
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 
-    def close(self) -> None:
-        """Ends the file."""
+    def _end(self) -> None:
         self.writer.close()
 
 
 class MLflow(Tracker):
-    """A run in the experiment `gr2-<profile>`; one that was killed is taken up again."""
+    """A run in the experiment `gr2-<profile>`; one that was killed is taken up again, at step 0 too: RL tells all its steps anew."""
 
-    def __init__(self, ctx: Context, run: str, step: int) -> None:
+    def __init__(self, ctx: Context, run: str, _: int) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         from mlflow import MlflowClient
 
@@ -85,7 +90,7 @@ class MLflow(Tracker):
         self.client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{store}")
         known = self.client.get_experiment_by_name(name)
         experiment = known.experiment_id if known else self.client.create_experiment(name)
-        found = self.client.search_runs([experiment], f"tags.`gr2.run` = '{run}'", max_results=1) if step else []
+        found = self.client.search_runs([experiment], f"tags.`gr2.run` = '{run}'", max_results=1)
         tags = {"gr2.run": run}
         self.run = (found[0] if found else self.client.create_run(experiment, run_name=run, tags=tags)).info.run_id
 
@@ -95,7 +100,5 @@ class MLflow(Tracker):
         now = int(time.time() * 1000)
         self.client.log_batch(self.run, metrics=[Metric(name, value, now, step) for name, value in values.items()])
 
-    def close(self) -> None:
-        """Marks the run as finished."""
-        if self.ctx is not None:
-            self.client.set_terminated(self.run)
+    def _end(self) -> None:
+        self.client.set_terminated(self.run)

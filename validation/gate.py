@@ -1,11 +1,15 @@
-"""Are new models better than those that are out? Both systems, each with its own lists, on the validation requests that both answered.
+"""Are new models better than those that are out? Both systems, each with its own lists, on the validation requests that both were asked.
 
 A request is the same if its user, place and target are (`request_id`, `target_id`). A target that a system's list misses counts as 0:
-the whole system is judged, lists and order. Versions are those that the promoted release pins, read as they were.
+the whole system is judged, lists and order. So that hits and misses are of one population, only the seeded sample counts that the models
+were asked for (`sample`), and how much it tells is counted by answers. Versions are those that the promoted release pins, as they were.
 """
 
+import hashlib
 import math
-from typing import Any
+from collections.abc import Iterable
+from itertools import takewhile
+from typing import Any, NamedTuple
 
 from gr2.config import Config
 from gr2.context import Context
@@ -13,6 +17,23 @@ from gr2.metrics import paired_bootstrap, values
 from schemas.candidates import EXPERIMENT
 from schemas.lake import Lake
 from validation.findings import Finding, finding
+
+
+class Place(NamedTuple):
+    """Where a system put a request's target."""
+
+    rank: float  # from 1; infinite where it is in no list or no answer
+    answered: bool  # whether it was in the list, and the model gave an order
+    user: str
+
+
+Places = dict[tuple[str, str], Place]  # (request, target) -> place
+
+
+def sample(ids: Iterable[str], cfg: Config) -> list[str]:
+    """The validation requests that `rerank_scores` asks for this: those of the smallest seeded hashes, in that order."""
+    drawn = sorted(ids, key=lambda i: (hashlib.sha256(f"gate\0{cfg.seed}\0{i}".encode()).digest(), i))
+    return drawn[: cfg.release.requests]
 
 
 def compare(cfg: Config, ctx: Context) -> Finding | None:
@@ -24,37 +45,45 @@ def compare(cfg: Config, ctx: Context) -> Finding | None:
     old, new = ctx.promoted.get("models", {}).get(model), ctx.pins.get("models", {}).get(model)
     if not cfg.release.gate or old is None or new is None or old == new:
         return None
-    mode = modes[0]
+    mode, names = modes[0], (f"{model}@{old}", f"{model}@{new}")
     was, became = (
-        target_ranks(lake, f"{model}@{digest}", mode) for lake, digest in ((Lake(ctx.place, ctx.promoted["tables"]), old), (ctx.lake, new))
+        target_places(cfg, lake, name, mode) for lake, name in zip((Lake(ctx.place, ctx.promoted["tables"]), ctx.lake), names, strict=True)
     )
     common = sorted(was.keys() & became.keys())
     subject = f"{model}/{mode} {cfg.release.metric} on {len(common)} validation requests"
-    if len(common) < cfg.release.min_requests:
-        detail = (
-            f"{model}@{old} and {model}@{new} answered {len(common)} of the same requests: too few to tell; release.gate=false promotes"
-        )
-        return finding("gate", subject, None, low=cfg.release.min_gain, detail=detail)
-    before, after = (values(cfg.release.metric, [side[key] for key in common]) for side in (was, became))
-    gain, low, high = paired_bootstrap(after, before, cfg.evaluation.bootstrap, cfg.seed)
-    detail = f"{model}@{new} less {model}@{old}, paired 95 % interval [{low:+.4f}, {high:+.4f}]; {before.mean():.4f} before"
+    if refusal := _too_few(cfg, names, was, became):
+        return finding("gate", subject, None, low=cfg.release.min_gain, detail=f"{refusal}; release.gate=false promotes")
+    before, after = (values(cfg.release.metric, [side[key].rank for key in common]) for side in (was, became))
+    users = [became[key].user for key in common]
+    gain, low, high = paired_bootstrap(after, before, cfg.evaluation.bootstrap, cfg.seed, users_B=users)
+    detail = f"{names[1]} less {names[0]}, paired 95 % interval [{low:+.4f}, {high:+.4f}]; {before.mean():.4f} before"
     return finding("gate", subject, gain, low=cfg.release.min_gain, detail=detail)
 
 
-def target_ranks(lake: Lake, model_id: str, mode: str) -> dict[tuple[str, str], float]:
-    """(request, target) -> the target's place in the order that the model gave, from 1; infinite where it is in no list or no answer."""
-    columns = ["request_id", "target_id", "target_rank"]
-    lists = lake.read("candidates", columns, ["request_id"], split="valid", night=EXPERIMENT).to_pylist()
+def _too_few(cfg: Config, names: tuple[str, str], was: Places, became: Places) -> str:
+    """Why nothing can be concluded, or nothing: a miss of both sides is no answer, and says nothing of the models."""
+    for name, side in zip(names, (was, became), strict=True):
+        if not any(place.answered for place in side.values()):
+            return f"{name} answered none of the {cfg.release.requests} validation requests that are asked: nothing to compare"
+    both = sum(place.answered and key in became and became[key].answered for key, place in was.items())
+    if both < cfg.release.min_requests:
+        return f"{names[0]} and {names[1]} both answered {both} of the same requests, of {cfg.release.min_requests}: too few to tell"
+    return ""
+
+
+def target_places(cfg: Config, lake: Lake, model_id: str, mode: str) -> Places:
+    """Of each request of the sample the target's place in the order that the model gave.
+
+    The sample ends at the first request that has its target in the list and was not asked: an older release may have drawn another.
+    """
+    columns = ["request_id", "user_id", "target_id", "target_rank"]
+    lists = {r["request_id"]: r for r in lake.read("candidates", columns, split="valid", night=EXPERIMENT).to_pylist()}
     scores = lake.read("rerank_scores", ["request_id", "new_order"], ["request_id"], model_id=model_id, mode=mode, split="valid", replica=0)
     orders: dict[str, Any] = dict(zip(scores["request_id"].to_pylist(), scores["new_order"].to_pylist(), strict=True))
-    found = {}
-    for row in lists:
-        key, target = (row["request_id"], row["target_id"]), row["target_id"]
-        if target is None:
-            continue
-        if row["target_rank"] is None:
-            found[key] = math.inf
-        elif row["request_id"] in orders:
-            order = orders[row["request_id"]]
-            found[key] = float(order.index(target) + 1) if order else math.inf
+    asked = takewhile(lambda r: lists[r]["target_rank"] is None or r in orders, sample(lists, cfg))
+    found: Places = {}
+    for row in (lists[request] for request in asked):
+        target, order = row["target_id"], orders.get(row["request_id"]) if row["target_rank"] is not None else None
+        if target is not None:
+            found[row["request_id"], target] = Place(float(order.index(target) + 1) if order else math.inf, bool(order), row["user_id"])
     return found

@@ -7,6 +7,8 @@ cannot know. A form is a way of giving it away: a set of patterns over lower-cas
 ("likes", "would choose next"), comparisons ("the best choice"), history in the past tense ("bought two shampoos").
 """
 
+import hashlib
+import json
 import re
 
 _LABEL = r"(?:@?[a-t]|it|(?:this|that) (?:one|item|candidate)|(?:candidate|item|label) @?[a-t])\b"
@@ -106,6 +108,7 @@ FORMS: dict[str, tuple[str, ...]] = {
     ),
 }
 _COMPILED = {form: re.compile("|".join(patterns)) for form, patterns in FORMS.items()}
+DIGEST = hashlib.sha256(json.dumps(FORMS).encode()).hexdigest()[:8]  # of the patterns: verdicts by others are others
 _DROPPED = str.maketrans({"\u2019": "'", "*": "", "_": " ", '"': "", "`": ""})
 
 

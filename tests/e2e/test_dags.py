@@ -1,6 +1,7 @@
 """The DAGs: they parse light, have one task a stage in the tables' order, and refuse parameters that could escape."""
 
 import copy
+import datetime as dt
 import json
 import os
 import subprocess
@@ -8,9 +9,11 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow as pa
 import pytest
 
-from gr2 import PROJECT
+import schemas
+from gr2 import PROJECT, artifacts
 from gr2.pipeline import flow
 
 pytestmark = pytest.mark.e2e
@@ -69,11 +72,35 @@ def test_what_the_schedule_itself_starts_of_a_backfill_does_nothing(dags):
     assert days(own, "2026-01-05", run_of("backfill")) == ["2026-01-05"]
 
 
-def test_only_drift_of_a_real_night_asks_for_retraining(dags):
+@pytest.fixture
+def night_of_clicks(ctx, monkeypatch):
+    """A log whose last day has other kinds of events than those before, under a root that stages are called with."""
+    from deltalake import write_deltalake
+
+    from dags import stages
+
+    rows = []
+    for day in range(1, 11):
+        time = dt.datetime(2026, 1, day, 12, tzinfo=dt.UTC)
+        for n in range(200):
+            event = dict.fromkeys(schemas.get("events").names()) | {"event_id": f"{day}-{n}", "user_id": "u", "item_id": "i"}
+            event |= {"kind": "click" if day == 10 or n % 2 else "purchase", "event_time": time, "event_date": time.date()}
+            rows.append(event | {"day_known": True, "source_file": "f", "ingest_date": time.date(), "period": "2026"})
+    write_deltalake(ctx.table_path("events"), pa.Table.from_pylist(rows, schema=schemas.get("events").arrow()))
+    for name in ("tokenizer", next(iter(ctx.cfg.scoring.live))):
+        with artifacts.publish_folder(ctx.root, name, {}) as folder:
+            (folder / "config.json").write_text("{}")
+    own = stages.command
+    monkeypatch.setattr(stages, "command", lambda *given: [*own(*given), "--set", f"paths.root={ctx.root}"])
+
+
+def test_only_drift_of_a_real_night_asks_for_retraining(dags, night_of_clicks):
+    from dags.stages import call
+
     assert {a.name for a in dags["nightly"].get_task("ask_for_retraining").outlets} == {"gr2://retrain/wanted"}
     assert [a.name for a in dags["retrain"].timetable.asset_condition.objects] == ["gr2://retrain/wanted"]
     drifted = dags["nightly"].get_task("drifted").python_callable
-    said = "02:10:00 drift: retraining is called for: kinds of events: 0.312"
+    said = call("drift", "demo", "2026-01-10", ["drift.fail_at=99"])
     runs = {kind: run_of(kind) for kind in ("scheduled", "manual", "backfill")}
     assert [drifted(said, run) for run in runs.values()] == [True, True, False]
     assert not drifted("02:10:00 drift: 8 subjects measured, none beyond 0.25", runs["scheduled"])
@@ -119,6 +146,19 @@ def test_a_failing_stage_says_why_and_what_is_hopeless_is_not_tried_again(airflo
     with pytest.raises(AirflowException, match="code -9") as caught:
         stages.call("events", "demo", None, [])
     assert not isinstance(caught.value, AirflowFailException), "a killed stage is tried again"
+
+
+def test_a_local_airflow_takes_its_children_along(monkeypatch, tmp_path):
+    from dags import local
+
+    ended = []
+    process = SimpleNamespace(pid=7, wait=lambda: ended.append("waited for"))
+    monkeypatch.setattr(local.subprocess, "run", lambda *_, **__: None)
+    monkeypatch.setattr(local.subprocess, "Popen", lambda *_, **__: process)
+    monkeypatch.setattr(local.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(local.os, "killpg", lambda group, how: ended.append((group, how)))
+    local.start(tmp_path, "demo", 8080)
+    assert ended == ["waited for", (7, local.signal.SIGKILL)]
 
 
 def test_a_failure_is_told_to_the_webhook_and_an_unreachable_one_hides_nothing(airflow, monkeypatch, caplog):

@@ -107,6 +107,14 @@ def test_own_vectors_are_learned_and_lie_beside_a_plain_model(tokenizer, tmp_pat
     torch.testing.assert_close(added_ND, torch.stack([learned_ND[1], *torch.zeros(2, learned_ND.shape[1]), learned_ND[0]]))
 
 
+def test_a_batch_without_an_item_gives_own_vectors_a_gradient_of_zero(tokenizer):
+    """Else the ranks of a step would reduce gradients of different parameters."""
+    model = build_model(SIZE, tokenizer, None, seed=3)
+    attach(model, CODES_NL)
+    ItemLoss(CODES_NL, sid_ids(tokenizer), 1.0)(model, batch_of(tokenizer, ("history", "candidates")))[0].backward()
+    assert torch.equal(own_vectors(model).weight.grad, torch.zeros_like(own_vectors(model).weight))
+
+
 def test_a_model_without_own_vectors_is_left_as_it_is(tokenizer, tmp_path):
     model = build_model(SIZE, tokenizer, None, seed=3)
     save(model, tokenizer, tmp_path)
@@ -117,5 +125,6 @@ def test_a_model_without_own_vectors_is_left_as_it_is(tokenizer, tmp_path):
 def test_scattered_embeddings_are_refused(tokenizer):
     model = build_model(SIZE, tokenizer, None, seed=3)
     model.get_input_embeddings().weight.ds_id = SimpleNamespace()
-    with pytest.raises(ConfigError, match="item_weight"):
-        ItemLoss(CODES_NL, sid_ids(tokenizer), 1.0)(model, batch_of(tokenizer, ("", item(1))))
+    for text in (item(1), "history"):
+        with pytest.raises(ConfigError, match="item_weight"):
+            ItemLoss(CODES_NL, sid_ids(tokenizer), 1.0)(model, batch_of(tokenizer, ("", text)))

@@ -102,6 +102,22 @@ def test_vectors_that_are_the_tokens_own_embeddings_change_nothing(world):
     torch.testing.assert_close(full, short, atol=1e-4, rtol=1e-4)
 
 
+class Stop(Exception):
+    """What has been seen is enough."""
+
+
+def test_the_frozen_model_goes_where_the_compressor_trains(world, monkeypatch):
+    ctx, _ = world
+
+    def seen(model, *_):
+        raise Stop(model.device.type)
+
+    monkeypatch.setattr(latents, "device", lambda: torch.device("meta"))
+    monkeypatch.setattr(latents, "texts", seen)
+    with pytest.raises(Stop, match="meta"):
+        latents.run(ctx.cfg, ctx)
+
+
 def test_it_trains_measures_and_leaves_vectors(world):
     ctx, _ = world
     result = latents.run(ctx.cfg, ctx)
@@ -134,6 +150,8 @@ def test_a_policy_learns_what_its_ranker_needs_and_leaves_out_the_rest(world, mo
         return [sorted(t.incoming, key=lambda label: (m is None or m[1] != label, label)) for t, m in zip(tasks, found, strict=True)]
 
     monkeypatch.setattr(brief, "orders", orders)
+    trained, train = [], brief.train
+    monkeypatch.setattr(brief, "train", lambda *parts, **more: trained.append(more["fingerprint"]) or train(*parts, **more))
     model, _ = load(ctx.model("rl", "rl").path)
     template = load_template()
     after = brief.fit(ctx.cfg, ctx, model, tokenizer, ctx.model("rl", "rl"), template)["brief"]
@@ -142,5 +160,6 @@ def test_a_policy_learns_what_its_ranker_needs_and_leaves_out_the_rest(world, mo
     assert short.count("<a_") < 3
     assert (after["ndcg3"], after["tau"]) == (after["ndcg3_full"], 1.0)
     assert after["saved"] > 0.25
+    assert trained == [ctx.model("brief", "latents").manifest["fingerprint"]], "by which a tracker knows its run"
     curve = [json.loads(line) for line in (ctx.model("brief", "latents").path / "metrics.jsonl").read_text().splitlines()]
     assert curve[-1]["reward"] > curve[0]["reward"] + 0.05

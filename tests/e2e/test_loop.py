@@ -21,7 +21,7 @@ from gr2.errors import ConfigError, ModelError
 from scoring.model import build_model, build_vocabulary, load, save
 from training import checkpoints
 from training.data import Batch, Example, batches, pack, to_batch
-from training.loop import Engine, learned_states, learning_rate, open_engine, planned_steps, state_logprobs, token_logprobs, train
+from training.loop import Engine, learned_states, learning_rate, planned_steps, state_logprobs, token_logprobs, train
 
 pytestmark = pytest.mark.e2e
 TINY = Model(hidden=32, layers=2, heads=2, kv_heads=1, mlp=64, dropout=0.1)
@@ -115,7 +115,7 @@ def test_accumulation_changes_nothing(tokenizer: Any, stage: int) -> None:
     results = []
     for parts in (1, 8):
         model = build_model(TINY.model_copy(update={"dropout": 0.0}), tokenizer, None, seed=7)
-        engine = open_engine(model, FAST.model_copy(update={"zero_stage": stage, "weight_decay": 0.1}), total_steps=3)
+        engine = Engine(model, FAST.model_copy(update={"zero_stage": stage, "weight_decay": 0.1}), total_steps=3)
         lines = []
         for step in range(3):
             pieces = [to_batch(rows, list(range(step * 8 + p * (8 // parts), step * 8 + (p + 1) * (8 // parts)))) for p in range(parts)]
@@ -173,7 +173,7 @@ def test_a_stopped_training_goes_on_bit_for_bit(tokenizer: Any, tmp_path: Path, 
     resumed, again = run(tokenizer, tmp_path / "resumed", settings, checkpoint=home, fingerprint="a")
     assert again == curve
     assert same_weights(resumed, whole)
-    assert checkpoints.latest(home) is None  # removed at the end
+    assert checkpoints.latest(home) == kept  # until the model is published
 
 
 @pytest.mark.parametrize(("first", "then", "average"), [(1, 2, 0.9), (2, 3, 0.0), (3, 1, 0.0), (1, 0, 0.9)])
@@ -289,6 +289,30 @@ def test_validation_joins_the_curve(tokenizer: Any, tmp_path: Path) -> None:
     assert {line["valid_training"] for line in curve if "valid_training" in line} == {0.0}
 
 
+@pytest.mark.parametrize("stage", [0, 2])
+def test_what_is_validated_is_what_would_be_exported(tokenizer: Any, tmp_path: Path, stage: int) -> None:
+    def weigh(model: Any) -> dict[str, float]:
+        return {"weight": float(model.get_input_embeddings().weight.double().abs().sum())}
+
+    settings = FAST.model_copy(update={"average": 0.9, "zero_stage": stage})
+    _, plain = run(tokenizer, tmp_path / "plain", settings)
+    model, curve = run(tokenizer, tmp_path / "validated", settings, validate=weigh, validate_every=5)
+    assert curve[-1]["valid_weight"] == weigh(model)["weight"]
+    assert [line["loss"] for line in curve] == [line["loss"] for line in plain], "training goes on with its own weights"
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_gradient_that_is_not_finite_comes_into_no_checkpoint(tokenizer: Any, tmp_path: Path, stage: int) -> None:
+    def broken(model: Any, batch: Batch) -> Any:
+        loss, floats = loss_fn(model, batch)
+        return loss + torch.sqrt(0.0 * loss), floats  # adds nothing, with a gradient of infinity times zero
+
+    settings, home = FAST.model_copy(update={"zero_stage": stage, "checkpoint_every": 1}), tmp_path / "checkpoint"
+    with pytest.raises(ModelError, match=r"gradient's norm is (nan|inf) at step 1"):
+        run(tokenizer, tmp_path, settings, loss=broken, checkpoint=home)
+    assert checkpoints.latest(home) is None
+
+
 def test_impossible_settings_are_refused(tokenizer: Any) -> None:
     model = build_model(TINY, tokenizer, None, seed=7)
     with pytest.raises(ConfigError, match="no DeepSpeed configuration"):
@@ -336,6 +360,8 @@ loader = batches(pack(t.examples(), 48), 192, seed=9, rank=rank(), world=world()
 folder.mkdir(exist_ok=True)
 home = folder / "checkpoint" if every else None
 train(model, loader, loss_fn, settings, folder=folder, total_steps=24, seed=1, checkpoint=home, fingerprint="a")
+if home and rank() == 0:
+    checkpoints.clear(home)  # as a stage does whose model is published
 """
 
 

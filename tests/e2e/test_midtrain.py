@@ -124,7 +124,8 @@ def test_the_pre_ranker_learns_what_follows(make_ctx: Callable[..., Context]) ->
 @pytest.mark.parametrize("refit_from", ["midtrain", "start"])
 def test_the_refit_starts_where_it_should_with_the_students_own_vectors(make_ctx: Callable[..., Context], refit_from: str) -> None:
     few = [f"midtrain.{size}={{max_steps: {steps}, {TRAINING}}}" for size, steps in (("student", 60), ("refit", 1))]
-    ctx = make_ctx([*SMALL, *few, f"midtrain.refit_from={refit_from}"])
+    asked = [*SMALL, *few, f"midtrain.refit_from={refit_from}"]
+    ctx = make_ctx(asked)
     world(ctx)
     midtrain.run(ctx.cfg, ctx)
     student, refit, teacher = (ctx.model(name, "midtrain") for name in ("midtrain", "midtrain-refit", "midtrain-teacher"))
@@ -137,6 +138,11 @@ def test_the_refit_starts_where_it_should_with_the_students_own_vectors(make_ctx
     else:
         assert first_of[1] == pytest.approx(first_of[0], rel=0.1)
         assert started < 0.5 * learned, "one step from zero"
+    shorter = make_ctx([*asked, f"midtrain.student={{max_steps: 30, {TRAINING}}}"])
+    midtrain.run(shorter.cfg, ctx)
+    assert ctx.model("midtrain", "midtrain").hash != student.hash
+    again = ctx.model("midtrain-refit", "midtrain").hash != refit.hash
+    assert again == (refit_from == "midtrain"), "another student makes another refit where it is trained on, and else none"
 
 
 def test_a_table_larger_than_the_window_is_learned_too(make_ctx: Callable[..., Context]) -> None:

@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
-from gr2.errors import InputError
+from gr2.errors import EngineError, InputError
+from gr2.prompts import format_answer
 from scoring.engine import Answer
 from scoring.model import load
 from tests.e2e import tiny
@@ -94,6 +96,79 @@ def test_a_step_that_holds_a_prompt_twice_counts_its_answers_on(make_ctx):
     found = rollouts.collect(Silent(), rollouts.Deck(tasks, 3), ctx.cfg, 1, "r", need_variance=False)
     assert len({r.rollout_id for r in found}) == len(found) == 10
     assert sorted(r.sample for r in found if r.prompt_id == found[0].prompt_id)[:4] == [0, 1, 2, 3]
+
+
+def test_an_engine_that_cannot_answer_is_no_failure_of_the_policy(make_ctx):
+    ctx = make_ctx(["rl.prompts_per_step=1", "rl.group=2"])
+    tasks = [rollouts.Task("0", "", "think", ("A", "B"), ("A", "B"), (0, 1), ())]
+
+    class Broken:
+        def generate(self, asks):
+            return [Answer(ask.key, error="out of memory") for ask in asks]
+
+    with pytest.raises(EngineError, match="2 of 2 answers failed in the engine, such as: out of memory"):
+        rollouts.collect(Broken(), rollouts.Deck(tasks, 3), ctx.cfg, 1, "r")
+    with pytest.raises(EngineError, match="1 of 1 answers failed"):
+        rollouts.validate(Broken(), tasks, ctx.cfg)
+
+
+def test_how_often_the_first_slot_is_chosen_is_told_and_kept(ctx, tmp_path):
+    task = rollouts.Task("0", "", "direct", ("A", "B", "C"), ("C", "A", "B"), (0, 1, 0), ())
+    orders = [["C", "B", "A"], ["B", "A", "C"], ["A", "B", "C"]]
+    texts = [*map(format_answer, orders), "no answer"]
+    found = [rollouts.judge(task, Answer(str(i), text, token_ids=(1,)), ctx.cfg, 1, "r", i) for i, text in enumerate(texts)]
+    assert [r.first_slot for r in found] == [0, 2, 1, None]
+    rollouts.store(found, tmp_path / "step.arrow")
+    assert rollouts.figures(rollouts.load(tmp_path / "step.arrow"), 9)["first_shown"] == 0.25
+
+
+def policy_of(ctx):
+    """A policy in training; its sampler is not started."""
+    tiny.model_named(ctx, "sft")
+    plan = rl.Plan("rl", ctx.model("sft", "sft"), ctx.cfg.rl.student)
+    return rl.Policy(ctx.cfg, ctx, plan, "rl-x", load(plan.start.path)[0], None, ctx.work("curve") / "metrics.jsonl")
+
+
+def test_the_updates_of_a_step_are_clipped_against_the_policy_that_sampled(make_ctx):
+    ctx = make_ctx(["rl.updates=2", "rl.student={max_steps: 1, lr: 0.03, warmup: 0.0, precision: fp32, tokens_per_batch: 64}"])
+    policy = policy_of(ctx)
+    found = [rollouts.replace(rollout(i, i // 2, (20 + i, 31, 42), (11, 12, 13 + i // 2)), logprobs=(-6.0,) * 3) for i in range(8)]
+    halves = [trees(part, 64) for part in rl.parts(found, 2)]
+    with torch.no_grad():
+        sampled = [tree_logprobs(policy.model, tree, ctx.cfg.rl.temperature) for batches in halves for tree in batches]
+    taken, lines, step = [], [], policy.engine.backward_and_step
+
+    def recorded(loss_fn, batches):
+        lines.append(step(loss_fn, batches))
+        taken.extend(batches)
+        return dict(lines[-1])
+
+    policy.engine.backward_and_step = recorded
+    told = policy._update(1, found)
+    for tree, logp in zip(taken, sampled, strict=True):
+        torch.testing.assert_close(tree.extra["old"], logp, atol=1e-5, rtol=1e-5)
+    assert lines[0]["clipped"] == 0 < lines[1]["clipped"]
+    for name in ("loss", "grad_norm", "clipped", "ratio"):
+        assert told[name] == pytest.approx((lines[0][name] + lines[1][name]) / 2)
+    assert told["tokens"] == lines[0]["tokens"] + lines[1]["tokens"] > lines[1]["tokens"] > 0
+    policy.engine.close()
+
+
+def test_a_kill_leaves_no_half_validation(ctx, monkeypatch):
+    policy, write = policy_of(ctx), Path.write_text
+    monkeypatch.setattr(rollouts, "validate", lambda *_: {"ndcg3": 0.5, "recall1": 0.25})
+
+    def killed(path, text):
+        write(path, text[: len(text) // 2])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", killed)
+    with pytest.raises(KeyboardInterrupt):
+        policy._validated(0, [], {})
+    monkeypatch.setattr(Path, "write_text", write)
+    assert policy._validated(0, [], {})
+    assert policy.valid == {0: {"ndcg3": 0.5, "recall1": 0.25}}
+    policy.engine.close()
 
 
 def test_missing_prompts_are_named(make_ctx):

@@ -10,7 +10,7 @@ from gr2.errors import InputError, MissingInputError
 from scoring.engine import seed_of
 from scoring.model import encode, label_ids, load
 from tests.e2e import tiny
-from training import sft
+from training import checkpoints, fitting, sft
 from training.data import pack, to_batch
 from training.fitting import supervised
 from training.loop import token_logprobs
@@ -93,6 +93,25 @@ def test_rows_that_midtraining_never_read_are_told_apart_again(ctx):
     lengths = table.detach().norm(dim=1)
     torch.testing.assert_close(lengths[unread], (2 * lengths[kept].median()).expand(len(unread)), atol=1e-4, rtol=1e-4)
     sft.wake(model, [], seed=3)
+
+
+def test_a_model_that_could_not_be_published_goes_on_from_its_checkpoint(make_ctx, monkeypatch):
+    ctx = make_ctx([*QUICK, "models.teacher=null", "sft.student.checkpoint_every=8"])
+    tiny.put(ctx, "sft_examples", tiny.sft_rows(tiny.model_named(ctx, "midtrain"), 48))
+    home = ctx.work("sft", "checkpoint")
+
+    def full(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(fitting, "save", full)
+    with pytest.raises(OSError, match="no space"):
+        sft.run(ctx.cfg, ctx)
+    assert checkpoints.latest(home) == home / "step-000016"
+    monkeypatch.undo()
+    sft.run(ctx.cfg, ctx)
+    assert "resumed at step 16 of 20" in (ctx.root / "logs" / "gr2.log").read_text()
+    assert ctx.model("sft", "sft").manifest["steps"] == 20
+    assert checkpoints.latest(home) is None, "removed when the model is there"
 
 
 def test_missing_and_empty_inputs_are_named(ctx):

@@ -87,6 +87,28 @@ def test_a_store_that_fails_costs_the_mirror_alone_and_tells_no_secret(
     assert "hunter2" not in (tmp_path / "logs" / "gr2.log").read_text()
 
 
+@pytest.mark.parametrize("kind", ["tensorboard", "mlflow"])
+def test_a_store_that_is_gone_at_the_end_costs_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    tracker: Any = open_tracker(context(tmp_path, kind), "sft-a", 0)
+    tracker.log({"step": 1, "loss": 1.0})
+
+    def gone(*_: Any) -> None:
+        raise OSError("gone")
+
+    held, name = (tracker.writer, "close") if kind == "tensorboard" else (tracker.client, "set_terminated")
+    monkeypatch.setattr(held, name, gone)
+    tracker.close()
+    assert capsys.readouterr().err.count("goes on without it") == 1
+
+
+def test_a_run_that_tells_all_its_steps_anew_is_the_same_run(tmp_path: Path) -> None:
+    """RL repeats its stored steps after a kill."""
+    runs: list[Any] = [open_tracker(context(tmp_path, "mlflow"), name, 0) for name in ("rl-a", "rl-b", "rl-a")]
+    assert runs[0].run == runs[2].run != runs[1].run
+
+
 @pytest.mark.parametrize(("kind", "module"), [("tensorboard", "torch.utils.tensorboard"), ("mlflow", "mlflow")])
 def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, module: str) -> None:
     monkeypatch.setitem(sys.modules, module, None)

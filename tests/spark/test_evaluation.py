@@ -118,15 +118,61 @@ def test_figures_intervals_audits_and_rerun(small):
     assert set(ctx.lake.read("metrics")["run_id"].to_pylist()) == {strict.run_id}, "one set of figures a profile and day"
     assert not all(ctx.lake.read("audits")["passed"].to_pylist()), "the evidence of the failure is published"
     check_results_table(strict, cells)
+    check_stale_baselines(strict)
+
+
+def check_stale_baselines(ctx: Context) -> None:
+    """Lists that were made again are not judged with orders of the old ones, in silence or with a traceback."""
+    lists = ctx.lake.read("candidates").to_pylist()
+    hit = next(r["request_id"] for r in lists if r["split"] == "test" and r["target_rank"])
+    put(ctx, "candidates", [r | ({"request_id": "test:new:9"} if r["request_id"] == hit else {}) for r in lists])
+    with pytest.raises(AuditError, match="coverage"):
+        evaluation.run(ctx.cfg, ctx)
+    found = {a["subject"]: a for a in ctx.lake.read("audits", audit="coverage").to_pylist()}
+    assert {name: f["value"] for name, f in found.items() if not name.startswith(("rl/", "sft/"))} == {
+        f"{name}/order": 2.0 for name in ("prerank", *ctx.cfg.evaluation.baselines)
+    }, "one came, one went"
+    assert "run `gr2 stage baselines`" in found["prerank/order"]["detail"]
+
+
+def test_the_latest_figures_are_shown_not_those_of_the_last_hash(ctx):
+    base = {"profile": "demo", "protocol": "p", "model": "rl", "mode": "think", "population": "conditional", "slice": "all", "seed": 1}
+    base |= {"n_candidates": 10, "metric": "recall@1", "reference": "", "low": None, "high": None, "n": 1}
+    for run_id, value in (("demo-2026-01-01-ff", 0.1), ("demo-2026-01-02-ee", 0.2), ("demo-2026-01-03-aa", 0.3)):
+        put(ctx, "metrics", [base | {"run_id": run_id, "value": value}], {"run_id": run_id})
+    assert shown(ctx, 80).count("0.3000") == 1
+    put(ctx, "metrics", [base | {"run_id": "demo-2026-01-02-ee", "value": 0.4}], {"run_id": "demo-2026-01-02-ee"})
+    assert shown(ctx, 80).count("0.4000") == 1
+
+
+def shown(ctx: Context, width: int) -> str:
+    """The results as a terminal shows them."""
+    from rich.console import Console
+
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(evaluation.results_table(ctx))
+    return console.export_text()
+
+
+def test_intervals_draw_users(ctx):
+    """Ten equal requests of each of eight users say no more than one."""
+    rows = [
+        {"request_id": f"r{n}", "user_id": f"u{n % 8}", "candidate_ids": ["a", "b"], "grades": [n % 2, 1 - n % 2], "slice": "all",
+         "source": "log"}
+        for n in range(80)
+    ]  # fmt: skip
+    widths = []
+    for own in (rows, [row | {"user_id": row["request_id"]} for row in rows]):
+        requests = evaluation.Requests(own)
+        found = next(evaluation.figures(ctx.cfg, requests, {("prerank", "order"): requests.incoming}))
+        assert (found["value"], found["n"]) == (0.5, 80)
+        widths.append(found["high"] - found["low"])
+    assert widths[0] > 2 * widths[1]
 
 
 def check_results_table(ctx: Context, cells: dict) -> None:
     """It names what it should, with the figures of the table, in 80 columns."""
-    from rich.console import Console
-
-    console = Console(width=80, record=True, file=io.StringIO())
-    console.print(evaluation.results_table(ctx))
-    text = console.export_text()
+    text = shown(ctx, 80)
     assert all(word in text for word in ("later_day", "rl (think)", "lambdamart", "R@10"))
     assert f"{cells['rl', 'conditional', 'all', 'recall@1', '']['value']:.4f}" in text
     assert max(map(len, text.splitlines())) <= 80

@@ -12,7 +12,7 @@ from event_world import write
 
 import schemas
 from gr2.context import Context
-from gr2.errors import AuditError, InputError
+from gr2.errors import AuditError, ConfigError, InputError
 from spark_jobs import events, interactions, items, sources
 from spark_jobs.session import read
 
@@ -41,6 +41,7 @@ def content(ctx: Context, table: str) -> list[dict]:
 
 REFUSED = {
     "not_json": ['{"kind": "click", "user_id"', "", "[1]", '{"kind": "click"} and more'],
+    "bad_mark": [line(kind=sources.UNREADABLE)],
     "missing_kind": [line(kind=None), {}],
     "unknown_kind": [line(kind="hover"), line(kind=3), line(kind="CLICK")],
     "missing_user": [line(user_id="absent"), line(user_id=None)],
@@ -98,6 +99,16 @@ def test_ingestion_adds_up_and_a_rerun_adds_nothing(make_ctx):
     again = events.run(ctx.cfg, ctx)
     assert (again.rows_in, again.rows_out, again.duplicates, again.quarantined) == (7, 0, 4, 3)
     assert {t: (ctx.lake.version(t), content(ctx, t)) for t in ("events", "quarantine")} == before
+
+
+def test_periods_of_another_length_are_refused_before_each_event_comes_twice(make_ctx):
+    ctx = make_ctx(ONE_DAY)
+    day_of(ctx, [line()])
+    assert events.run(ctx.cfg, ctx).rows_out == 1
+    monthly = make_ctx([*ONE_DAY, "data.period=month"])
+    with pytest.raises(ConfigError, match=r"periods such as 2026-01-01: with data\.period=month .* another paths\.root"):
+        events.run(monthly.cfg, monthly)
+    assert ctx.lake.read("events").num_rows == 1
 
 
 def test_days_one_by_one_in_any_order_equal_all_at_once(make_ctx, tmp_path):
@@ -266,6 +277,6 @@ def test_all_of_beauty_arrives(make_ctx):
     catalogue = items.run(ctx.cfg, ctx)
     assert (catalogue.rows_out, catalogue.quarantined, catalogue.detail["without_metadata"]) == (12_101, 0, 0)
     assert not any("&#" in t or "&amp;" in t for t in ctx.lake.read("items", ["text"])["text"].to_pylist())
-    frame = interactions.to_interactions(read(ctx, "events"), ctx.cfg.data, ctx.cfg.seed)
+    frame = interactions.to_interactions(read(ctx, "events"), ctx.cfg.data, ctx.cfg.seed, [])
     splits = {r["split"]: r["count"] for r in frame.groupBy("split").count().collect()}
     assert splits == {"pretrain": 198_502 - 3 * 22_363, "rerank": 22_363, "valid": 22_363, "test": 22_363}

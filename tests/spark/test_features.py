@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rerank_world import candidate_rows, evidence, put
+from rerank_world import candidate_rows, evidence, put, vector_rows
 
+from gr2.errors import MissingInputError
 from spark_jobs.features import LOOKBACK, with_features
 from spark_jobs.session import read
 
@@ -51,6 +52,18 @@ def expected(request: dict, place: int, tables: dict[str, dict]) -> dict[str, An
         "grade": request["grades"][place],
         "grade_weight": request["weights"][place] if request.get("weights") else None,
     }
+
+
+def test_vectors_of_an_encoder_are_found_and_none_at_all_are_an_error(make_ctx):
+    ctx = make_ctx(["embeddings.encoder=intfloat/e5-small"])
+    rng = np.random.default_rng(5)
+    evidence(ctx, rng, N)
+    put(ctx, "candidates", candidate_rows(rng, N, "rerank", 4))
+    with pytest.raises(MissingInputError, match=r"'intfloat--e5-small': run `gr2 stage item_embeddings`"):
+        with_features(ctx, read(ctx, "candidates"))
+    put(ctx, "item_embeddings", [row | {"model": "intfloat--e5-small"} for row in vector_rows(rng, N)], {"model": "intfloat--e5-small"})
+    rows = with_features(ctx, read(ctx, "candidates")).toArrow().to_pylist()
+    assert np.mean([row["text_similarity"] != 0 for row in rows]) > 0.8
 
 
 def test_features_equal_their_definitions_and_a_rerun_equals_them_bit_by_bit(ctx):

@@ -66,7 +66,7 @@ def choices(ctx, rows: list[tuple]):
 
 def test_random_logs_give_what_the_definition_says_under_leave_one_out(ctx):
     rows = random_log(1)
-    found = table_of(interactions.to_interactions(choices(ctx, rows), Data(protocol="leave_one_out"), seed=1))
+    found = table_of(interactions.to_interactions(choices(ctx, rows), Data(protocol="leave_one_out"), seed=1, windows=[]))
     wanted = expected(rows)
     assert {u: [(r["item_id"], int(r["event_id"][1:]), r["session"]) for r in rs] for u, rs in found.items()} == wanted
     assert any(r["kind"] == "purchase" for rs in found.values() for r in rs)
@@ -83,7 +83,8 @@ def test_random_logs_give_what_the_definition_says_under_leave_one_out(ctx):
 def test_the_time_protocol_cuts_the_days_by_its_windows(ctx):
     rows = [("u", f"i{d}", "click", d * 1440 + 5) for d in range(20)] + [("v", "i", "click", 19 * 1440)]
     data = Data(protocol="time", windows=(0.5, 0.75, 0.9))
-    found = table_of(interactions.to_interactions(choices(ctx, rows), data, seed=1))
+    acts = choices(ctx, rows)
+    found = table_of(interactions.to_interactions(acts, data, 1, interactions.cuts(interactions.days_of(acts), data)))
     assert Counter(r["split"] for r in found["u"]) == {"pretrain": 10, "rerank": 5, "valid": 3, "test": 2}
     assert [r["split"] for r in found["u"]] == ["pretrain"] * 10 + ["rerank"] * 5 + ["valid"] * 3 + ["test"] * 2
     assert [r["split"] for r in found["v"]] == ["test"]
@@ -98,12 +99,12 @@ def test_the_sources_own_order_wins_and_shuffling_moves_only_days_of_the_train_p
     filled = [dt.date(2026, 1, 6) if t is None else t.date() for t in table["event_time"].to_pylist()]
     table = table.set_column(table.schema.get_field_index("event_date"), schemas.get("events").arrow().field("event_date"), [filled])
     acts = frame_of(ctx, table)
-    published = table_of(interactions.to_interactions(acts, Data(protocol="leave_one_out"), seed=1))["u"]
+    published = table_of(interactions.to_interactions(acts, Data(protocol="leave_one_out"), seed=1, windows=[]))["u"]
     assert [r["item_id"] for r in published] == [f"i{n:02d}" for n in range(16)]
     shuffled, again, other = (
         [
             r["item_id"]
-            for r in table_of(interactions.to_interactions(acts, Data(protocol="leave_one_out", same_day_order="shuffled"), seed))["u"]
+            for r in table_of(interactions.to_interactions(acts, Data(protocol="leave_one_out", same_day_order="shuffled"), seed, []))["u"]
         ]
         for seed in (1, 1, 2)
     )

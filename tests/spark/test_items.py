@@ -3,8 +3,10 @@
 import pytest
 from event_world import event_table, write
 
+from gr2.context import result_json
 from gr2.errors import InputError
-from spark_jobs import items
+from gr2.pipeline import write_record
+from spark_jobs import evaluation, items
 from spark_jobs.publish import publish
 from spark_jobs.session import frame_of
 
@@ -43,9 +45,13 @@ def test_text_is_resolved_bad_rows_are_refused_and_bare_items_get_a_row(make_ctx
     write(ctx.raw_path() / "day=2026-01-02" / "items.jsonl.gz", [newer])
     result = items.run(ctx.cfg, ctx)
     refused = sum(map(len, BAD.values()))
-    assert (result.rows_in, result.quarantined, result.duplicates, result.rows_out) == (len(GOOD) + 2 + refused, refused, 2, 6)
+    assert (result.rows_in, result.quarantined, result.duplicates, result.rows_out) == (len(GOOD) + 2 + refused, refused, 2, 5)
     assert result.detail["reasons"] == {k: len(v) for k, v in sorted(BAD.items())}
     assert result.detail["without_metadata"] == 1
+    write_record(ctx, "items", result_json(result))
+    assert [(f["subject"], f["value"], f["passed"]) for f in evaluation._reconciled(ctx)] == [("items", 0.0, True)], (
+        "bare items are no loss"
+    )
     found = {r["item_id"]: r for r in ctx.lake.read("items").to_pylist()}
     assert found["a"]["text"] == "Renamed é | L"
     assert (str(found["a"]["first_seen"]), found["a"]["price"]) == ("2026-01-01", 5.0)

@@ -13,6 +13,7 @@ import schemas
 from gr2 import pipeline
 from schemas.lake import Lake
 from spark_jobs import maintenance
+from spark_jobs import publish as publishing
 from spark_jobs.publish import publish
 from spark_jobs.release import manage
 from spark_jobs.session import frame_of
@@ -29,11 +30,12 @@ def stats(ctx, count: int) -> int:
     return ctx.lake.version("item_stats")
 
 
-def release(ctx, **pins: int) -> None:
-    """Promotes a release with these table versions."""
+def release(ctx, *others: str, **pins: int) -> None:
+    """Promotes a release with these table versions; `others`: releases beside it, superseded."""
     row = {"release_id": "r1", "status": "promoted", "profile": "demo", "run_id": "x", "pins": json.dumps({"tables": pins}), "code": "c"}
     row |= {"config_hash": "h", "lock_hash": "l", "seed": 1, "promoted_at": dt.datetime(2026, 1, 1, tzinfo=dt.UTC)}
-    publish(ctx, "releases", frame_of(ctx, pa.Table.from_pylist([row], schema=schemas.get("releases").arrow())))
+    rows = [row, *(row | {"release_id": other, "status": "superseded"} for other in others)]
+    publish(ctx, "releases", frame_of(ctx, pa.Table.from_pylist(rows, schema=schemas.get("releases").arrow())))
 
 
 def readable(ctx, version: int) -> int | None:
@@ -55,6 +57,20 @@ def test_a_pinned_version_outlives_maintenance_until_its_release_is_retired(make
     maintenance.run(ctx.cfg, ctx)
     assert [readable(ctx, v) for v in (pinned, last)] == [None, 3]
     assert maintenance.run(ctx.cfg, ctx).rows_out == 0, "a rerun finds nothing to do"
+
+
+def test_retiring_a_release_erases_none_that_was_published_meanwhile(make_ctx, monkeypatch):
+    ctx, came = make_ctx(), []
+    release(ctx)
+
+    def reached(point: str, name: str) -> None:
+        if point == "audited" and not came:
+            came.append("r2")
+            release(ctx, "r2")
+
+    monkeypatch.setattr(publishing, "reached", reached)
+    manage(ctx, "retire", "r1")
+    assert {r["release_id"]: r["status"] for r in ctx.lake.read("releases").to_pylist()} == {"r1": "retired", "r2": "superseded"}
 
 
 def test_answers_kept_for_a_run_that_never_came_are_removed_in_time(make_ctx):

@@ -12,7 +12,7 @@ from sequence_world import ITEMS, START, catalogue, model_named, sasrec_named
 from gr2.config import load
 from gr2.context import Context
 from gr2.errors import InputError
-from spark_jobs import candidates, drift, evidence, interactions
+from spark_jobs import candidates, drift, evidence, interactions, night_lists
 from spark_jobs.publish import publish
 from spark_jobs.session import frame_of
 from validation import leakage
@@ -72,7 +72,7 @@ def test_users_of_the_day_get_lists_of_what_was_known_then(tmp_path):
         assert (row["split"], row["fit"], row["target_id"], set(row["grades"])) == ("live", "live", None, {0})
         assert len(set(row["candidate_ids"])) == 5
         assert not set(row["candidate_ids"]) & set(row["history_ids"])
-        unborn = {f"i{k}" for k in range(ITEMS) if START + dt.timedelta(days=k) > row["as_of"]}
+        unborn = {f"i{k}" for k in range(ITEMS) if START + dt.timedelta(days=k) >= row["as_of"]}
         assert not set(row["candidate_ids"]) & unborn
     checks = {f["subject"]: f for f in leakage.audit(ctx)}
     assert checks["history_before_night"]["passed"]
@@ -91,6 +91,41 @@ def test_nights_in_any_order_end_alike(tmp_path):
         assert len(found[name]) == len(rows)
         for row, want in zip(found[name], rows, strict=True):
             assert row == want
+
+
+def test_a_list_holds_what_was_known_that_night_and_was_never_chosen(tmp_path):
+    """Fewer items than a list has room for: all of them are in it. One history is longer than data.max_history."""
+    ctx = Context(
+        load("demo", [f"paths.root={tmp_path}", *SETTINGS, "candidates.n=20", "data.max_history=2"]), START + dt.timedelta(days=10)
+    )
+    world(ctx)
+    publish(ctx, "events", frame_of(ctx, day_events([("a", 1, 8), ("a", 2, 8), ("a", 3, 9), ("a", 4, 10)])))
+    for stage in (interactions, evidence, candidates):
+        stage.run(ctx.cfg, ctx)
+    (row,) = ctx.lake.read("candidates").to_pylist()
+    assert row["history_ids"] == ["i3", "i4"]
+    assert set(row["candidate_ids"]) == {f"i{k}" for k in range(11)} - {"i1", "i2", "i3", "i4"}
+    assert len(row["prior_scores"]) == len(row["candidate_ids"]) == 7
+
+
+def test_a_past_night_stands_while_its_data_do_whichever_pre_ranker_is_out(tmp_path):
+    ctx = night_of(tmp_path, 30)
+    world(ctx)
+    run_night(tmp_path, 30, LOG[30])
+    before = lists(ctx)
+    model_named(ctx, "midtrain-refit", seed=9)
+    run_night(tmp_path, 31, LOG[31])
+    after = {name: [r for r in rows if r["request_id"] in {b["request_id"] for b in before[name]}] for name, rows in lists(ctx).items()}
+    assert after == before
+    assert {r["model_id"] for r in lists(ctx)["candidates"]} == {before["candidates"][0]["model_id"], ctx.model("midtrain-refit", "x").id}
+    nights = [START + dt.timedelta(days=d) for d in (30, 31)]
+    known = night_lists.made_from(ctx, nights)
+    for table in ("histories", "pair_days"):  # published apart from the interactions, they may come later than these
+        rows = ctx.lake.read(table, order_by=["as_of" if table == "histories" else "event_date"]).to_pylist()
+        put(ctx, table, rows[:-1])
+        found = night_lists.made_from(ctx, nights)
+        assert [found[n] == known[n] for n in nights] == [True, False]
+        put(ctx, table, rows)
 
 
 def test_evidence_as_of_a_night_holds_no_later_day(tmp_path):

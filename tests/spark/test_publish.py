@@ -7,6 +7,7 @@ import pytest
 
 import schemas
 from gr2.errors import AuditError, InputError, MissingInputError
+from schemas.base import STRING, Column, Table, list_of
 from spark_jobs import publish as publishing
 from spark_jobs.publish import publish
 from spark_jobs.session import frame_of, read
@@ -47,6 +48,20 @@ def test_equal_content_makes_no_new_version_and_changed_content_does(ctx):
     assert ctx.lake.version("item_stats") == version
     publish(ctx, "item_stats", frame_of(ctx, stats("train", "a", "b", count=4)), {"fit": "train"})
     assert ctx.lake.version("item_stats") == version + 1
+
+
+def test_a_value_that_changes_its_column_or_its_array_is_other_content(ctx):
+    kinds = {"a": STRING, "b": STRING, "c": list_of(STRING), "d": list_of(STRING)}
+    columns = tuple(Column(name, kind, name, nullable=True) for name, kind in kinds.items())
+    table = Table("t", "1.0", "one row", ("a",), columns)
+    rows = [
+        ("x", None, ["1", "2"], ["3"]),
+        (None, "x", ["1", "2"], ["3"]),
+        ("x", None, ["1"], ["2", "3"]),
+        ("x", None, ["1", "2", "3"], None),
+    ]
+    frames = [frame_of(ctx, pa.Table.from_pylist([dict(zip(kinds, row, strict=True))], schema=table.arrow())) for row in rows]
+    assert len({publishing.content_hash(table, frame) for frame in frames}) == len(rows)
 
 
 def test_insert_adds_new_keys_only_and_keeps_old_rows(ctx):

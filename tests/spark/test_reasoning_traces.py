@@ -171,14 +171,17 @@ def test_a_service_that_refuses_everybody_ends_the_stage_and_publishes_nothing(m
         reasoning_traces.run(silent.cfg, silent)
 
 
-def test_the_teachers_name_follows_what_decides_its_draws(make_ctx):
+def test_the_teachers_name_follows_what_decides_its_draws(make_ctx, monkeypatch):
     ctx = settle(make_ctx())
     base = teacher(ctx.cfg, ctx).name
     assert base == teacher(ctx.cfg, ctx).name
-    for change in ("traces.temperature=0.2", "seed=99", "prompt.history_items=2", "traces.template=rerank_llm_v1"):
+    for change in ("traces.temperature=0.2", "seed=99", "prompt.history_items=2", "traces.template=rerank_llm_v1", "traces.accept_rank=2"):
         assert teacher(make_ctx([change]).cfg, ctx).name != base
     for change in ("traces.max_attempts=2", "traces.accepted_per_request=3", "rl.group=4"):
         assert teacher(make_ctx([change]).cfg, ctx).name == base
+    with monkeypatch.context() as patched:
+        patched.setattr(reasoning_traces, "DIGEST", "other patterns of leaks")
+        assert teacher(ctx.cfg, ctx).name != base
     with pytest.raises(ConfigError, match=r"traces\.model"):
         teacher(make_ctx(["traces.teacher=vllm"]).cfg, ctx)
     held = set(chosen(make_ctx(["traces.max_requests=10", "traces.no_target_requests=4"]).cfg, ctx))

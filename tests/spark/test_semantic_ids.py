@@ -12,6 +12,7 @@ from gr2 import sids
 from gr2.context import Context
 from gr2.errors import AuditError, MissingInputError
 from spark_jobs import item_embeddings, semantic_ids
+from spark_jobs import publish as publishing
 from training import tokenizer
 
 pytestmark = pytest.mark.spark
@@ -83,6 +84,38 @@ def test_bijection_rerun_and_inserts(make_ctx: Callable[..., Context]) -> None:
     )  # other settings, not frozen: a new version, twice the same
     hashes = [tokenizer.run(thawed.cfg, thawed).detail["tokenizer"] for _ in range(2)]
     assert hashes[0] == hashes[1] != made.id
+
+
+def test_of_two_nights_at_once_neither_loses_the_others_items(make_ctx: Callable[..., Context], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each stage is held where it has audited what it wrote, while another run brings more items through the whole chain."""
+    ctx = make_ctx([*SMALL, "tokenizer.builder=rqkmeans", "embeddings.frozen=true", "tokenizer.min_uniqueness=0"])
+    ids = publish_items(ctx, 20)
+    publish_pairs(ctx, ids, "train", shift=0)
+    for stage in (item_embeddings, tokenizer, semantic_ids):
+        stage.run(ctx.cfg, ctx)
+    first, count = codes(ctx), 20
+    for stage, table in ((item_embeddings, "item_embeddings"), (semantic_ids, "semantic_ids")):
+        publish_items(ctx, count + 1)
+        if table == "semantic_ids":
+            item_embeddings.run(ctx.cfg, ctx)
+        came: list[str] = []
+
+        def reached(point: str, name: str, table: str = table, came: list[str] = came, more: int = count + 3) -> None:
+            if (point, name) == ("audited", table) and not came:
+                came.append(name)
+                publish_items(ctx, more)
+                item_embeddings.run(ctx.cfg, ctx)
+                semantic_ids.run(ctx.cfg, ctx)
+
+        with monkeypatch.context() as held:
+            held.setattr(publishing, "reached", reached)
+            stage.run(ctx.cfg, ctx)
+        count += 3
+        models = ctx.lake.read("item_embeddings", ["model"])["model"].to_pylist()
+        assert came
+        assert {model: models.count(model) for model in models} == {"pairs_svd": count, "tfidf_svd": count}
+        assert len(codes(ctx)) == count
+    assert {k: v for k, v in codes(ctx).items() if k in first} == first
 
 
 def test_low_uniqueness_publishes_nothing_and_keeps_the_evidence(make_ctx: Callable[..., Context]) -> None:

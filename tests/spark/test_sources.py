@@ -194,6 +194,18 @@ def test_sequences_may_be_json_and_repeat_an_item(ctx_of):
     assert [(r["user_id"], r["item_id"]) for r in rows] == [("A9", "5"), ("A9", "6"), ("A9", "5")]
 
 
+def test_marks_of_clicks_are_read_however_they_are_spelled(ctx_of):
+    names = "columns: {user_id: [u], item_id: [i], time: [at], row: [], col: []}, constants: {kind: view}, clicked: c"
+    ctx, folder = ctx_of("files", f"data.events={{files: ['o.csv'], format: csv, {names}}}")
+    marks = ["1", "1.0", "TRUE", "true", "yes", "0", "0.0", "False", "no", "", " ", "maybe", "2", "NaN"]
+    (folder / "o.csv").write_text("u,i,at,c\n" + "".join(f"u{n},7,2026-01-02T03:04:05Z,{mark}\n" for n, mark in enumerate(marks)))
+    result = events.run(ctx.cfg, ctx)
+    kinds = [(int(r["user_id"][1:]), r["kind"]) for r in ctx.lake.read("events").to_pylist()]
+    assert sorted(n for n, kind in kinds if kind == "click") == [0, 1, 2, 3, 4]
+    assert sorted(n for n, kind in kinds if kind == "view") == list(range(11)), "what cannot be read is not taken for unclicked"
+    assert result.detail["reasons"] == {"bad_mark": 3}
+
+
 def test_wrong_declarations_are_named(ctx_of, make_ctx):
     with pytest.raises(ConfigError, match=r"data\.events\.files"):
         make_ctx(["data.source=files"])

@@ -2,6 +2,7 @@
 
 import datetime as dt
 import json
+import re
 
 import numpy as np
 import pyarrow as pa
@@ -9,6 +10,7 @@ import pytest
 from deltalake import write_deltalake
 
 import schemas
+from spark_jobs import prompting, rerank_scores
 from validation import gate
 
 LIST = ["a", "b", "c", "d", "e"]
@@ -82,6 +84,81 @@ def test_too_few_common_requests_promote_nothing_and_say_what_to_do(make_ctx):
     found = compared(make_ctx, (3, 1), 40)
     assert (found["value"], found["passed"]) == (None, False)
     assert "release.gate=false" in found["detail"]
+
+
+def test_only_the_sample_that_was_asked_is_compared_and_its_misses_are_no_answers(make_ctx):
+    """Of 400 requests 40 are asked for, half of them with the target in the list; the rest, hits and misses, is of another population."""
+    settings = ["release.requests=40", "release.metric=mrr"]
+    ctx = make_ctx([*settings, "release.min_requests=10"])
+    lists = [request(n, n % 2 == 0) for n in range(400)]
+    hits = {row["request_id"] for row in lists if row["target_rank"]}
+    asked = gate.sample([row["request_id"] for row in lists], ctx.cfg)
+    wanted = [n for n in range(400) if f"valid:u{n}:9" in hits.intersection(asked)]
+    put(ctx, "candidates", lists)
+    put(ctx, "rerank_scores", [answer(n, digest, place) for n in wanted for digest, place in (("old", 2), ("new", 1))])
+    release(ctx, "old")
+    ctx.pin("models", "rl", "new")
+    found = gate.compare(ctx.cfg, ctx)
+    assert "on 40 validation requests" in found["subject"]
+    assert found["value"] == pytest.approx(0.5 * len(wanted) / 40)
+    strict = make_ctx([*settings, "release.min_requests=40"])  # misses and hits together are as many, answers are not
+    found = gate.compare(strict.cfg, strict)
+    assert (found["value"], found["passed"]) == (None, False)
+    assert f"both answered {len(wanted)} of the same requests, of 40" in found["detail"]
+
+
+def test_what_is_compared_is_what_the_models_are_asked(make_ctx, monkeypatch):
+    ctx = make_ctx(["release.requests=40"])
+    lists = [request(n, n % 2 == 0) for n in range(400)]
+    put(ctx, "candidates", lists)
+    drawn = gate.sample([row["request_id"] for row in lists], ctx.cfg)
+    assert sorted(drawn) == prompting.sample([row["request_id"] for row in lists], 40, ctx.cfg.seed, "gate"), "as earlier releases drew"
+    asked = []
+    monkeypatch.setattr(rerank_scores, "views", lambda *given: asked.extend(given[3]) or iter(()))
+    rerank_scores._gate_views(ctx.cfg, ctx)
+    assert set(asked) == {row["request_id"] for row in lists if row["target_rank"]} & set(drawn)
+
+
+def test_a_release_whose_sample_was_smaller_is_compared_on_that(make_ctx):
+    ctx = make_ctx(["release.requests=400", "release.min_requests=10"])
+    lists = [request(n, n % 2 == 0) for n in range(400)]
+    put(ctx, "candidates", lists)
+    smaller = ctx.cfg.model_copy(update={"release": ctx.cfg.release.model_copy(update={"requests": 40})})
+    first = gate.sample([row["request_id"] for row in lists], smaller)
+    old = [n for n in range(0, 400, 2) if f"valid:u{n}:9" in first]
+    put(ctx, "rerank_scores", [answer(n, "old", 2) for n in old] + [answer(n, "new", 1) for n in range(0, 400, 2)])
+    release(ctx, "old")
+    ctx.pin("models", "rl", "new")
+    found = gate.compare(ctx.cfg, ctx)
+    assert 40 <= int(re.search(r"on (\d+) validation requests", found["subject"])[1]) < 60, "up to the next request that has its target"
+
+
+@pytest.mark.parametrize("silent", ["old", "new"])
+def test_a_model_that_answered_nothing_is_not_promoted_and_named(make_ctx, silent):
+    ctx = make_ctx()
+    put(ctx, "candidates", [request(n, n % 2 == 0) for n in range(200)])
+    other = {"old": "new", "new": "old"}[silent]
+    put(ctx, "rerank_scores", [answer(n, other, 1) for n in range(0, 200, 2)])
+    release(ctx, "old")
+    ctx.pin("models", "rl", "new")
+    found = gate.compare(ctx.cfg, ctx)
+    assert (found["value"], found["passed"]) == (None, False)
+    assert f"rl@{silent} answered none" in found["detail"]
+
+
+def test_the_interval_draws_users_who_are_fewer_than_requests(make_ctx):
+    """The same gains of 80 requests: of 80 users, or of 8 users with ten equal ones each."""
+    widths = {}
+    for users in (80, 8):
+        ctx = make_ctx()
+        put(ctx, "candidates", [request(n) | {"user_id": f"u{n % users}"} for n in range(80)])
+        places = {"old": [3] * 80, "new": [1 + 2 * (n % 8 % 2) for n in range(80)]}
+        put(ctx, "rerank_scores", [answer(n, digest, place) for digest, found in places.items() for n, place in enumerate(found)])
+        release(ctx, "old")
+        ctx.pin("models", "rl", "new")
+        low, high = re.search(r"interval \[(\S+), (\S+)\]", gate.compare(ctx.cfg, ctx)["detail"]).groups()
+        widths[users] = float(high) - float(low)
+    assert widths[8] > 2 * widths[80]
 
 
 def test_nothing_is_compared_without_an_older_release_or_with_the_gate_off(make_ctx):

@@ -143,6 +143,23 @@ def test_interval_covers_the_truth_as_often_as_it_says() -> None:
     assert 0.91 <= hits / 400 <= 0.98
 
 
+def test_whole_users_are_drawn() -> None:
+    """As a plain bootstrap of users gives it: four alike requests of a user are worth about one. One request each: as without users."""
+    generator = np.random.default_rng(8)
+    users = np.repeat(np.arange(150), generator.integers(1, 8, 150))
+    found = (generator.random(150) < 0.4)[users] + 0.1 * generator.integers(0, 3, len(users))
+    mean, low, high = metrics.bootstrap_mean(found, 20_000, seed=3, users_B=[f"u{u}" for u in users])
+    sums, sizes = np.bincount(users, weights=found), np.bincount(users)
+    drawn = generator.integers(0, 150, (20_000, 150))
+    naive = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
+    assert mean == pytest.approx(found.mean())
+    np.testing.assert_allclose([low, high], np.quantile(naive, [0.025, 0.975]), atol=0.1 * naive.std())
+    plain = metrics.bootstrap_mean(found, 20_000, seed=3)
+    assert high - low > 1.5 * (plain[2] - plain[1])
+    assert metrics.bootstrap_mean(found, 500, 3, users_B=generator.permutation(len(found))) == metrics.bootstrap_mean(found, 500, 3)
+    assert metrics.paired_bootstrap(found, 0 * found, 500, 3, users_B=users) == metrics.bootstrap_mean(found, 500, 3, users_B=users)
+
+
 def test_edges() -> None:
     assert all(math.isnan(v) for v in metrics.bootstrap_mean([], 10, 0))
     assert metrics.bootstrap_mean([0.5] * 9, 10, 0) == (0.5, 0.5, 0.5)

@@ -2,6 +2,7 @@
 
 import datetime as dt
 import json
+import re
 import subprocess
 import sys
 
@@ -68,6 +69,13 @@ def test_formats(ctx, capsys, output, expected):
     put(ctx, "item_stats", stats("a"))
     print_query(ctx, "SELECT item_id, count FROM item_stats", output, latest=False)
     assert capsys.readouterr().out.replace("\r", "") == expected
+
+
+@pytest.mark.parametrize("output", ["csv", "json", "table"])
+def test_columns_of_one_name_keep_their_values(ctx, capsys, output):
+    print_query(ctx, "SELECT 1 AS a, 2 AS a, 3 AS b", output, latest=False)
+    told = re.findall(r"[a-z]\w*|\d", capsys.readouterr().out)
+    assert told == (["a", "1", "a_2", "2", "b", "3"] if output == "json" else ["a", "a_2", "b", "1", "2", "3"])
 
 
 def test_a_long_result_is_cut_on_a_terminal_and_says_so(ctx, capsys):

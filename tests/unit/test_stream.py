@@ -159,6 +159,13 @@ def test_batches_resume_anywhere_on_any_number_of_ranks(place: Path, stop: int, 
             loader_of(place, seed=4).load_state_dict(state_of(first))
 
 
+def test_a_position_of_another_number_of_lanes_says_so(place: Path) -> None:
+    stand = loader_of(place).state_dict()
+    fewer = {name: value for name, value in stand["lanes"].items() if not name.endswith(" 3")}
+    with pytest.raises(InputError, match="one in 3 lanes of rows, and 2 processes read 4: go on with as many processes as before"):
+        loader_of(place, world=2).load_state_dict(stand | {"lanes": fewer})
+
+
 def test_every_lane_gives_each_of_its_examples_once_an_epoch_in_another_order(place: Path) -> None:
     loader, windows = loader_of(place), names(windows_of(place))
     batches = taken(loader, int(2.1 * loader.steps(1.0)))
