@@ -66,6 +66,7 @@ def detach(model: Any, folder: Path) -> None:
 def item_vectors(model: Any, tokens_NL: NDArray[np.int64]) -> torch.Tensor:
     """items_ND: the sum of each item's tokens' embeddings, and its own vector where the model has been given some (of as many items)."""
     rows_VD = model.get_input_embeddings().weight
-    sums_ND = rows_VD[torch.from_numpy(tokens_NL).to(rows_VD.device)].sum(dim=1)
+    # not rows_VD[tokens_NL]: with several threads its gradients add up in any order, so that no run would equal another bit for bit
+    sums_ND = torch.nn.functional.embedding_bag(torch.from_numpy(tokens_NL).to(rows_VD.device), rows_VD, mode="sum")
     own = own_vectors(model)
     return sums_ND if own is None else sums_ND + own.weight

@@ -128,3 +128,18 @@ def test_scattered_embeddings_are_refused(tokenizer):
     for text in (item(1), "history"):
         with pytest.raises(ConfigError, match="item_weight"):
             ItemLoss(CODES_NL, sid_ids(tokenizer), 1.0)(model, batch_of(tokenizer, ("", text)))
+
+
+def test_gradients_of_item_vectors_are_the_same_each_time():
+    table = torch.nn.Embedding(3_000, 64)
+    model = SimpleNamespace(get_input_embeddings=lambda: table)
+    tokens_NL, weights_ND = np.random.default_rng(1).integers(3_000, size=(9_000, 3)), torch.randn(9_000, 64)
+    assert torch.equal(item_vectors(model, tokens_NL), table.weight[torch.from_numpy(tokens_NL)].sum(dim=1))
+    before, found = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    for _ in range(5):
+        table.zero_grad()
+        (item_vectors(model, tokens_NL) * weights_ND).sum().backward()
+        found.append(table.weight.grad.clone())
+    torch.set_num_threads(before)
+    assert all(torch.equal(found[0], grad) for grad in found)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +13,8 @@ from gr2 import artifacts
 from gr2.config import load as settings
 from gr2.errors import ConfigError
 from gr2.prompts import load_template
-from scoring.compressed import compressing, encode_marked, joined, marked, pieces
+from schemas import get
+from scoring.compressed import compressing, encode_marked, joined, marked, pieces, vectors_of
 from scoring.model import encode, load
 from tests.e2e import tiny
 from training import brief, latents
@@ -163,3 +165,10 @@ def test_a_policy_learns_what_its_ranker_needs_and_leaves_out_the_rest(world, mo
     assert trained == [ctx.model("brief", "latents").manifest["fingerprint"]], "by which a tracker knows its run"
     curve = [json.loads(line) for line in (ctx.model("brief", "latents").path / "metrics.jsonl").read_text().splitlines()]
     assert curve[-1]["reward"] > curve[0]["reward"] + 0.05
+
+
+def test_prompts_that_mark_no_item_need_no_vectors():
+    nothing = get("item_latents").arrow().empty_table()
+    ctx = SimpleNamespace(lake=SimpleNamespace(read=lambda *_, **__: nothing))
+    found = vectors_of(ctx, "latents@1", ["rank these: @A @B"])
+    assert (found.rows_of, found.vectors_ND.shape) == ({}, (0, 1))
