@@ -10,56 +10,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from benchmarks.training import one_a_row
 from gr2 import PROJECT
-from gr2.config import Model, Training
+from gr2.config import Training
 from gr2.errors import ConfigError, ModelError
 from scoring.model import build_model, build_vocabulary, load, save
+from tests.e2e.loop_world import FAST, TINY, Stop, examples, loss_fn, run, same_weights, stop_after
 from training import checkpoints
-from training.data import Batch, Example, batches, pack, to_batch
-from training.loop import Engine, learned_states, learning_rate, planned_steps, state_logprobs, token_logprobs, train
+from training.data import Batch, pack, to_batch
+from training.loop import Engine, learned_states, state_logprobs, token_logprobs
 
 pytestmark = pytest.mark.e2e
-TINY = Model(hidden=32, layers=2, heads=2, kv_heads=1, mlp=64, dropout=0.1)
-FAST = Training(lr=1e-2, row_tokens=48, tokens_per_batch=48 * 4, precision="fp32", max_steps=12)
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return build_vocabulary(["some words to learn"] * 3, 280, [], tmp_path_factory.mktemp("vocabulary"))
-
-
-def examples(count: int = 60) -> list[Example]:
-    generator = torch.Generator().manual_seed(5)
-
-    def draw(low: int, high: int) -> list[int]:
-        length = int(torch.randint(low, high, (1,), generator=generator))
-        return torch.randint(3, 250, (length,), generator=generator).sort().values.tolist()  # sorted: there is something to learn
-
-    return [Example(draw(1, 8), [(draw(2, 10), 0.3), (draw(2, 14), 1.0)]) for _ in range(count)]
-
-
-def loss_fn(model: Any, batch: Batch) -> tuple[torch.Tensor, dict[str, float | torch.Tensor]]:
-    logps_BT = token_logprobs(model, batch)
-    return -(logps_BT * batch.weights_BT).sum() / batch.norm, {"learned": float(batch.learned_BT.sum())}
-
-
-def run(tokenizer: Any, folder: Path, settings: Training = FAST, **more: Any) -> tuple[Any, list[dict[str, float]]]:
-    """A training from a fixed start: the model, and its curve without the seconds."""
-    folder.mkdir(parents=True, exist_ok=True)
-    model = build_model(TINY, tokenizer, None, seed=7)
-    loader = batches(pack(examples(), settings.row_tokens), settings.tokens_per_batch, seed=9)
-    train(model, loader, more.pop("loss", loss_fn), settings, folder=folder, total_steps=planned_steps(loader, settings), seed=1, **more)
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return model, [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
-
-
-def same_weights(a: Any, b: Any) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
 def test_packed_logprobs_equal_separate_runs(tokenizer: Any) -> None:
@@ -97,18 +65,6 @@ def test_chunks_of_the_head_change_neither_values_nor_gradients(tokenizer: Any) 
     torch.testing.assert_close(*grads, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("schedule", "middle", "end"), [("cosine", 0.55, 0.1), ("linear", 0.55, 0.11), ("constant", 1.0, 1.0)])
-def test_learning_rate_warms_up_and_falls_to_a_tenth_or_stays(schedule: Any, middle: float, end: float) -> None:
-    settings = Training(lr=1.0, warmup=0.1, schedule=schedule)
-    rates = [learning_rate(settings, step, 100) for step in range(100)]
-    assert rates[0] == pytest.approx(0.1)
-    assert max(rates) == rates[9] == 1.0
-    assert rates[55] == pytest.approx(middle)
-    assert rates[-1] == pytest.approx(end, abs=1e-3)
-    assert rates[10:] == sorted(rates[10:], reverse=True)
-    assert (rates[20] - rates[30] == pytest.approx(rates[60] - rates[70])) == (schedule != "cosine")
-
-
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_accumulation_changes_nothing(tokenizer: Any, stage: int) -> None:
     rows = pack(examples(), 48)
@@ -136,21 +92,6 @@ def test_stages_agree_and_learn(tokenizer: Any, tmp_path: Path) -> None:
         assert [line["loss"] for line in curves[stage]] == pytest.approx([line["loss"] for line in curves[1]], rel=1e-3)
     assert curves[1][-1]["step"] == 12
     assert curves[1][-1]["tokens"] > curves[1][-2]["tokens"] > 0
-
-
-class Stop(Exception):
-    """Stands for a kill."""
-
-
-def stop_after(calls: int) -> Any:
-    left = iter(range(calls))
-
-    def stopping(model: Any, batch: Batch) -> Any:
-        if next(left, None) is None:
-            raise Stop
-        return loss_fn(model, batch)
-
-    return stopping
 
 
 @pytest.mark.parametrize(
@@ -460,55 +401,3 @@ def test_a_full_disk_costs_a_checkpoint_and_no_more(tokenizer: Any, tmp_path: Pa
     assert sorted(p.name for p in home.iterdir()) == ["latest.json", "step-000003"], "no half checkpoint fills the disk further"
     _, again = run(tokenizer, tmp_path / "resumed", settings, checkpoint=home, fingerprint="a")
     assert again == curve
-
-
-def without_bias(differences: list[float], scale: float) -> bool:
-    """Whether differences are small, and of no one sign: their mean is within four standard errors of zero."""
-    error = float(np.std(differences)) / len(differences) ** 0.5
-    return max(map(abs, differences)) < scale and abs(float(np.mean(differences))) <= 4 * error + 1e-12
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_the_loop_is_a_plain_torch_loop(tokenizer: Any, tmp_path: Path, optimizer: str) -> None:
-    stage = 0 if optimizer == "muon" else 1
-    settings = FAST.model_copy(update={"max_steps": 24, "weight_decay": 0.1, "zero_stage": stage, "optimizer": optimizer})
-    shape = TINY.model_copy(update={"dropout": 0.0})
-    engine = Engine(build_model(shape, tokenizer, None, seed=7), settings, 24)
-    model = build_model(shape, tokenizer, None, seed=7).train()
-    own = [p for name, p in model.named_parameters() if ".layers." in name and p.ndim == 2] if optimizer == "muon" else []
-    assert len(own) == (2 * 7 if optimizer == "muon" else 0)
-    muon = torch.optim.Muon(own, weight_decay=0.1, adjust_lr_fn="match_rms_adamw") if own else None
-    rest = [p for p in model.parameters() if not any(p is o for o in own)]
-    matrices, gains = ([p for p in rest if (p.ndim > 1) == wide] for wide in (True, False))
-    adamw = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": gains, "weight_decay": 0.0}], betas=(0.9, 0.95))
-    both = [o for o in (muon, adamw) if o]
-    stream, losses, norms = iter(batches(pack(examples(), 48), 192, seed=9)), [], []
-    for step in range(24):
-        batch = next(stream)
-        line = engine.backward_and_step(loss_fn, [batch])
-        for group in [group for each in both for group in each.param_groups]:
-            group["lr"] = learning_rate(settings, step, 24)
-        loss = loss_fn(model, batch)[0]
-        loss.backward()
-        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)) - line["grad_norm"])
-        for each in both:
-            each.step()
-            each.zero_grad()
-        losses.append(float(loss.detach()) - line["loss"])
-    assert without_bias(losses, 1e-3)
-    assert without_bias(norms, 1e-2)
-    assert line["grad_norm"] > 0
-
-
-def test_packed_rows_train_like_padded_ones(tokenizer: Any) -> None:
-    """Eight examples a step: in a few full rows, or in one row each."""
-    shape, settings = TINY.model_copy(update={"dropout": 0.0}), FAST.model_copy(update={"max_steps": 20})
-    engines = [Engine(build_model(shape, tokenizer, None, seed=7), settings, 20) for _ in range(2)]
-    known, differences = examples(160), []
-    for step in range(20):
-        part = known[8 * step : 8 * step + 8]
-        apart, together = one_a_row(part, 48), pack(part, 48)
-        assert len(together) < len(apart) == 8
-        packed, alone = (e.backward_and_step(loss_fn, [to_batch(r, slice(None))]) for e, r in zip(engines, (together, apart), strict=True))
-        differences.append(packed["loss"] - alone["loss"])
-    assert without_bias(differences, 1e-3)

@@ -13,7 +13,7 @@ from gr2.config import Training, load
 from gr2.errors import ConfigError, EnvironmentProblem
 from gr2.sections import Lora
 from scoring.model import build_model, build_vocabulary, save
-from tests.e2e.test_loop import FAST, TINY, Stop, examples, loss_fn, run, same_weights, stop_after
+from tests.e2e.loop_world import FAST, TINY, Stop, examples, loss_fn, run, same_weights, stop_after
 from training import checkpoints
 from training.data import batches, pack
 from training.loop import Engine

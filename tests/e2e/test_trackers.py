@@ -12,7 +12,7 @@ from gr2.config import load
 from gr2.context import Context
 from gr2.errors import EnvironmentProblem
 from scoring.model import build_vocabulary
-from tests.e2e.test_loop import FAST, Stop, run, stop_after
+from tests.e2e.loop_world import FAST, Stop, run, stop_after
 from training.trackers import open_tracker
 
 pytestmark = pytest.mark.e2e
