@@ -390,8 +390,8 @@ class Config(Section):
             raise ValueError(f"candidates.beam ({self.candidates.beam}) must be at least candidates.n ({self.candidates.n})")
         if self.candidates.n > 20:
             raise ValueError("candidates.n must be at most 20: there are 20 labels")
-        if not 0 < self.data.windows[0] < self.data.windows[1] < self.data.windows[2] <= 1:
-            raise ValueError(f"data.windows must rise, each from the end of the one before: {list(self.data.windows)}")
+        if list(self.data.windows) != sorted(self.data.windows):
+            raise ValueError(f"data.windows must not fall: each ends where the next one begins: {list(self.data.windows)}")
         prompts = sorted(p.stem for p in (PROJECT / "conf" / "prompts").glob("*.yaml"))
         if unknown := {self.prompt.template, self.traces.template or self.prompt.template}.difference(prompts):
             raise ValueError(f"no prompt template {min(unknown)!r} in conf/prompts{_nearest(min(unknown), prompts)}")

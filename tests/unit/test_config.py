@@ -41,7 +41,7 @@ def test_every_profile_loads_and_says_how_to_run_it(profile):
         ("latents.train.processes=2", "leave out processes"),
         ("prompt.template=rerank_v5", "did you mean 'rerank_v4'"),
         ("traces.template=rerank_llm", "did you mean 'rerank_llm_v1'"),
-        ("data.windows=[0.9, 0.5, 0.2]", "data.windows must rise"),
+        ("data.windows=[0.9, 0.5, 0.2]", "data.windows must not fall"),
         ("candidates.n=2", "a drill has at least 3 candidates"),
         ("candidates.n=10 ", None),
         ("paths.lake=s3a://key:secret@bucket/gr2", "paths.lake: String should match"),
