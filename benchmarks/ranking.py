@@ -19,7 +19,7 @@ from benchmarks.stages import told
 from gr2 import config, metrics
 from gr2.context import Context
 from schemas.candidates import TIMES
-from spark_jobs.evaluation import FULL_METRICS, all_orders, current_scores, judged
+from spark_jobs.evaluation import FULL_METRICS, all_orders, baseline_orders, current_scores, judged
 
 SHOWN = ("recall@1", "recall@3", "ndcg@3")
 SLICES = (*TIMES, "all")
@@ -40,7 +40,7 @@ class Run:
         known = set(requests.place)
         # A root without scores still tells of its pre-ranker and its baselines.
         scored = [r for r in current_scores(cfg, ctx) if r["request_id"] in known] if ctx.lake.exists("rerank_scores") else []
-        graded = {name: requests.graded(orders) for name, orders in all_orders(ctx, requests, scored).items()}
+        graded = {name: requests.graded(orders) for name, orders in all_orders(requests, baseline_orders(ctx), scored).items()}
         hit = requests.hit
         self.values: dict[tuple[str, str, str], Values] = {}
         for (model, mode), grades_RN in graded.items():

@@ -47,6 +47,13 @@ def content_hash(folder: Path) -> str:
     return digest.hexdigest()[:12]
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Writes a small file whole or not at all: beside its place, then renamed."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
 @contextlib.contextmanager
 def publish_folder(root: Path, name: str, manifest: dict[str, Any]) -> Iterator[Path]:
     """Yields an empty folder to fill; on a clean exit it becomes the current version of `name`, else it is removed.
@@ -70,9 +77,7 @@ def publish_folder(root: Path, name: str, manifest: dict[str, Any]) -> Iterator[
                     os.replace(draft / told, final / told)
         else:
             draft.rename(final)
-        pointer = home / f".current-{uuid.uuid4().hex[:8]}"
-        pointer.write_text(json.dumps({"hash": digest}))
-        os.replace(pointer, home / "current.json")
+        write_whole(home / "current.json", json.dumps({"hash": digest}))
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 

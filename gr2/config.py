@@ -19,11 +19,10 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from gr2 import PROJECT
 from gr2.errors import ConfigError
-from gr2.sections import Files, Name, Positive, Sasrec, Section, Share, Training
+from gr2.sections import FEWEST_DRILLED, Files, Name, Positive, Sasrec, Section, Share, Training
 
 Modes = tuple[Literal["think", "direct", "score"], ...]
 Baseline = Literal["random", "popularity", "transition", "lambdamart", "program", "oracle"]
-FEWEST_DRILLED = 3  # candidates of a list that is made up to teach: with two there is nothing to compare but one pair
 COMPRESSORS = ("latents", "brief")  # not models of their own: what `rl` answers to a compressed context (METHOD 9)
 PLACE = r"^([a-z0-9]+://([\w-]+@)?[\w.-]*(:\d+)?)?(/[\w.=/-]*)?$"  # a folder or a URL, without a password
 
@@ -392,9 +391,8 @@ class Config(Section):
             raise ValueError("candidates.n must be at most 20: there are 20 labels")
         if list(self.data.windows) != sorted(self.data.windows):
             raise ValueError(f"data.windows must not fall: each ends where the next one begins: {list(self.data.windows)}")
-        prompts = sorted(p.stem for p in (PROJECT / "conf" / "prompts").glob("*.yaml"))
-        if unknown := {self.prompt.template, self.traces.template or self.prompt.template}.difference(prompts):
-            raise ValueError(f"no prompt template {min(unknown)!r} in conf/prompts{_nearest(min(unknown), prompts)}")
+        if unknown := {self.prompt.template, self.traces.template or self.prompt.template}.difference(templates()):
+            raise ValueError(f"no prompt template {min(unknown)!r} in conf/prompts{_nearest(min(unknown), templates())}")
         if self.sft.drills and self.candidates.n < FEWEST_DRILLED:
             raise ValueError(f"sft.drills: a drill has at least {FEWEST_DRILLED} candidates, more than candidates.n ({self.candidates.n})")
         needed = 2 * self.candidates.n + 1
@@ -435,6 +433,11 @@ class Config(Section):
 def profiles() -> list[str]:
     """Names of the profiles under conf/."""
     return sorted(p.stem for p in (PROJECT / "conf").glob("*.yaml"))
+
+
+def templates() -> list[str]:
+    """Names of the prompt templates under conf/prompts."""
+    return sorted(p.stem for p in (PROJECT / "conf" / "prompts").glob("*.yaml"))
 
 
 def load(profile: str, overrides: list[str] | None = None) -> Config:

@@ -124,9 +124,7 @@ class Context:
         with self._pinning:
             self.pins = self._read_draft()
             self.pins.setdefault(kind, {})[name] = version
-            temporary = path.with_suffix(f".{os.getpid()}")
-            temporary.write_text(json.dumps(self.pins, indent=1, sort_keys=True))
-            os.replace(temporary, path)
+            artifacts.write_whole(path, json.dumps(self.pins, indent=1, sort_keys=True))
 
     def _read_draft(self) -> dict[str, dict[str, Any]]:
         path = self.runs / "draft.json"

@@ -12,7 +12,6 @@ answer names every label once. Models with a base can do this already; a small o
 import random
 from collections.abc import Sequence
 
-from gr2.config import FEWEST_DRILLED
 from gr2.prompts import (
     SMALL_IS_GOOD,
     Candidate,
@@ -27,9 +26,9 @@ from gr2.prompts import (
     led_by,
     make_view,
 )
+from gr2.sections import FEWEST_DRILLED
 
 NEEDS = 2  # features that a drill goes by
-FEWEST = FEWEST_DRILLED  # candidates
 SILENT = 0.7  # share of evidence that a line does not have
 
 
@@ -42,7 +41,7 @@ def drill(
     all draws. Raises ValueError for a catalogue that is smaller than one request.
     """
     draw = random.Random(name)
-    count, past = draw.randint(FEWEST, most), draw.randint(0, history)
+    count, past = draw.randint(FEWEST_DRILLED, most), draw.randint(0, history)
     chosen = draw.sample(items, count + past)
     ages = sorted((draw.randint(0, 400) for _ in range(past)), reverse=True)
     seen = [HistoryItem(sid, text, days) for (sid, text), days in zip(chosen[count:], ages, strict=True)]

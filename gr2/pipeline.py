@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from gr2 import PROJECT, lineage
+from gr2 import PROJECT, artifacts, lineage
 from gr2.config import Config, Training
 from gr2.context import Context, Result, result_json
 from gr2.errors import ConfigError, MissingInputError
@@ -309,9 +309,7 @@ def write_record(ctx: Context, stage: str, record: dict[str, Any]) -> None:
     """Keeps a stage's last good run; written whole, then renamed."""
     path = ctx.runs / f"{stage}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}")
-    temporary.write_text(json.dumps(record, indent=1, sort_keys=True, default=str))
-    temporary.replace(path)
+    artifacts.write_whole(path, json.dumps(record, indent=1, sort_keys=True, default=str))
 
 
 @cache

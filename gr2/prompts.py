@@ -29,7 +29,7 @@ from typing import Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from gr2.config import PROJECT, Section
+from gr2.config import PROJECT, Section, templates
 from gr2.errors import ConfigError
 
 Mode = Literal["think", "direct", "score"]
@@ -236,9 +236,8 @@ class Template(Section):
 def load_template(name: str = DEFAULT, evidence: bool = True) -> Template:
     """Reads `conf/prompts/<name>.yaml`; `evidence=False` gives the same prompt without evidence. Raises ConfigError."""
     folder = PROJECT / "conf" / "prompts"
-    there = sorted(p.stem for p in folder.glob("*.yaml"))
-    if name not in there:
-        raise ConfigError(f"no prompt template {name!r} in conf/prompts; there are: {', '.join(there)}")
+    if name not in templates():
+        raise ConfigError(f"no prompt template {name!r} in conf/prompts; there are: {', '.join(templates())}")
     try:
         found = Template.model_validate(yaml.safe_load((folder / f"{name}.yaml").read_text()))
     except (ValidationError, yaml.YAMLError) as error:

@@ -1,15 +1,14 @@
 """The generation engine: one protocol for a model in this process (vLLM), a service (any OpenAI-compatible URL) and the evidence program.
 
-    engine.generate([Ask("r1", prompt, max_tokens=96, temperature=0.7, seed=seed_of("r1", 1))])
+    engine.generate([Ask("r1", prompt, max_tokens=96, temperature=0.7, seed=gr2.draws.seed_of("r1", 1))])
 
 One failed request is one `Answer` with an `error`; the others are not touched. An engine that cannot work at all raises EngineError.
 Each ask has a seed of its own, so a sample does not depend on which others were asked with it.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,11 +85,6 @@ class Engine(Protocol):
     def close(self) -> None:
         """Gives memory and connections back."""
         ...
-
-
-def seed_of(*parts: Any) -> int:
-    """A seed from 0 to 2^31 - 1 (what every engine takes), equal for equal parts in every process."""
-    return int.from_bytes(hashlib.sha256("\0".join(map(str, parts)).encode()).digest()[:4]) >> 1
 
 
 def failed(ask: Ask, error: BaseException | str, seconds: float = 0.0) -> Answer:

@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gr2.draws import seed_of
 from gr2.errors import EngineError
 from gr2.prompts import Candidate, Template, compose_thought, format_answer, format_thought, led_by
-from scoring.engine import Answer, Ask, failed, seed_of
+from scoring.engine import Answer, Ask, failed
 
 Floats = NDArray[np.float64]
 NAME = "evidence:4"

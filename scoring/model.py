@@ -239,7 +239,7 @@ def autocast(model: Any, bf16: bool = True) -> AbstractContextManager[Any]:
 def multiplies_bf16(kind: str) -> bool:
     """Whether devices of a kind have units for products in bf16: on processors AVX512-BF16, AMX, or ARM's bf16.
 
-    With them bf16 is about four times as fast as fp32; a processor without them emulates it, forty times slower (docs/performance.md).
+    With them bf16 is about four times as fast as fp32; a processor without them emulates it, forty times slower (docs/log.md).
     """
     if kind != "cpu":
         return torch.cuda.is_bf16_supported(including_emulation=False)

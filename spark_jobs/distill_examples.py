@@ -23,10 +23,11 @@ import schemas
 from gr2.answers import parse
 from gr2.config import Config
 from gr2.context import Context, Result
+from gr2.draws import seed_of
 from gr2.prompts import ANSWER_OPEN, END_THINK, View
 from schemas.base import INT, STRING, list_of
 from scoring.boosted import Boosted
-from scoring.engine import Ask, Engine, seed_of
+from scoring.engine import Ask, Engine
 from scoring.model import load_tokenizer
 from spark_jobs.engine_pool import Rows, Spec, answered, engine_for, portable
 from spark_jobs.program import boosted

@@ -104,8 +104,9 @@ def run(cfg: Config, ctx: Context) -> Result:
     """Publishes metrics, then audits. Raises AuditError, after publishing both, if an audit failed."""
     requests = judged(ctx)
     scored = [r for r in current_scores(cfg, ctx) if r["request_id"] in requests.place]
-    coverage = [*check_coverage(requests, scored), *check_baselines(cfg, ctx, requests)]
-    orders = all_orders(ctx, requests, scored)
+    baselines = baseline_orders(ctx)
+    coverage = [*check_coverage(requests, scored), *check_baselines(cfg, requests, baselines)]
+    orders = all_orders(requests, baselines, scored)
     rows = [*figures(cfg, requests, orders), *full_ranking(cfg, requests)]
     common = {"run_id": ctx.run_id, "profile": cfg.profile, "protocol": f"{cfg.data.protocol}/{cfg.data.same_day_order}", "seed": cfg.seed}
     count = _replace_run(ctx, "metrics", [{**common, **row} for row in rows])
@@ -155,18 +156,17 @@ def check_coverage(requests: Requests, scored: list[dict[str, Any]]) -> Iterator
         yield finding("coverage", f"{model}/{mode}", float(len(hits - done)), high=0.0, detail=detail)
 
 
-def check_baselines(cfg: Config, ctx: Context, requests: Requests) -> Iterator[Finding]:
+def check_baselines(cfg: Config, requests: Requests, baselines: Orders) -> Iterator[Finding]:
     """That each configured baseline ordered every request, and none that is gone: else `candidates` was built anew since."""
-    ordered = _baselines(ctx)
     for model in ("prerank", *cfg.evaluation.baselines):
-        apart = requests.place.keys() ^ ordered.get((model, "order"), {}).keys()
+        apart = requests.place.keys() ^ baselines.get((model, "order"), {}).keys()
         detail = "requests that it did not order, or that are gone: run `gr2 stage baselines` where there are any"
         yield finding("coverage", f"{model}/order", float(len(apart)), high=0.0, detail=detail)
 
 
-def all_orders(ctx: Context, requests: Requests, scored: list[dict[str, Any]]) -> Orders:
+def all_orders(requests: Requests, baselines: Orders, scored: list[dict[str, Any]]) -> Orders:
     """The incoming order, those of the baselines, those of the models' first replica."""
-    known = {name: {r: order for r, order in found.items() if r in requests.place} for name, found in _baselines(ctx).items()}
+    known = {name: {r: order for r, order in found.items() if r in requests.place} for name, found in baselines.items()}
     return {("prerank", "order"): requests.incoming, **known, **_models(scored)}
 
 
@@ -178,7 +178,8 @@ def _models(scored: list[dict[str, Any]]) -> Orders:
     return orders
 
 
-def _baselines(ctx: Context) -> Orders:
+def baseline_orders(ctx: Context) -> Orders:
+    """The incoming order and the baselines' as stage `baselines` left them."""
     orders: dict[tuple[str, str], dict[str, Order]] = {}
     for row in ctx.lake.read("baselines", ["request_id", "model", "new_order"], order_by=["model", "request_id"], split=SPLIT).to_pylist():
         orders.setdefault((row["model"], "order"), {})[row["request_id"]] = row["new_order"]

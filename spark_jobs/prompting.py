@@ -18,10 +18,10 @@ import pyarrow.compute as pc
 import schemas
 from gr2.config import Config, Prompt
 from gr2.context import Context
+from gr2.draws import by_hash
 from gr2.errors import AuditError, ModelError
 from gr2.prompts import Candidate, HistoryItem, Mode, Template, View, load_template, make_view, prefill, render
 from schemas.candidates import EXPERIMENT
-from scoring.engine import seed_of
 from scoring.model import encode_all, prompt_text
 
 LABELLING = ("request_id", "split", "night", "item_id", "grade", "grade_weight")  # columns of candidate_features that are no evidence
@@ -143,9 +143,7 @@ def template_of(settings: Prompt, name: str = "") -> Template:
 
 def sample(ids: Sequence[str], count: int, seed: int, purpose: str) -> list[str]:
     """At most `count` of the ids (0: all), those with the smallest seeded hashes, so that a longer list changes little. Sorted."""
-    if not count or len(ids) <= count:
-        return sorted(ids)
-    return sorted(sorted(ids, key=lambda i: (seed_of(purpose, seed, i), i))[:count])
+    return sorted(by_hash(ids, seed, purpose)[: count or None])
 
 
 def _values(column: pa.ChunkedArray) -> list[Any]:

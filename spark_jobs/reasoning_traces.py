@@ -26,9 +26,10 @@ from gr2 import artifacts
 from gr2.answers import parse
 from gr2.config import Config
 from gr2.context import Context, Result
+from gr2.draws import seed_of
 from gr2.errors import ConfigError, EngineError, MissingInputError
 from gr2.prompts import Template, View, prompt_hash, render
-from scoring.engine import Answer, Ask, Engine, seed_of
+from scoring.engine import Answer, Ask, Engine
 from scoring.evidence_engine import NAME
 from scoring.model import encode_all, load_tokenizer, prompt_text
 from spark_jobs.engine_pool import Rows, Spec, answered, engine_for, portable

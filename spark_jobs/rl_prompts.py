@@ -18,8 +18,8 @@ import pyarrow as pa
 import schemas
 from gr2.config import Config
 from gr2.context import Context, Result
+from gr2.draws import seed_of
 from gr2.prompts import View, evidence_words, make_view, prompt_hash, redrawn
-from scoring.engine import seed_of
 from scoring.model import load_tokenizer
 from spark_jobs.prompting import Requests, render_texts, sample, template_of
 from spark_jobs.publish import publish

@@ -25,10 +25,10 @@ import schemas
 from gr2.answers import parse
 from gr2.config import Config
 from gr2.context import Context, Result
+from gr2.draws import seed_of
 from gr2.drills import drill
 from gr2.errors import AuditError
 from gr2.prompts import EMPTY_THOUGHT, View, format_answer, format_thought, render
-from scoring.engine import seed_of
 from scoring.model import encode_all, load_tokenizer
 from spark_jobs.prompting import Requests, catalogue, render_texts, sample, template_of
 from spark_jobs.publish import publish

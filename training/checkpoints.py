@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from gr2.artifacts import write_whole
 from gr2.errors import ModelError
 from training.optimizers import ADAMW_STATE, state_of
 
@@ -45,9 +45,7 @@ def save(engine: Any, home: Path, state: dict[str, Any], curve: Path) -> None:
     if final.exists():  # never the last good one of this training, which stands at an earlier step
         shutil.rmtree(final)
     draft.rename(final)
-    pointer = home / f".latest-{uuid.uuid4().hex[:8]}"
-    pointer.write_text(json.dumps({"folder": final.name}))
-    os.replace(pointer, home / "latest.json")
+    write_whole(home / "latest.json", json.dumps({"folder": final.name}))
     for old in [p for p in home.iterdir() if p.is_dir() and p != final and p.name.startswith(("step-", ".draft-"))]:
         shutil.rmtree(old, ignore_errors=True)
 

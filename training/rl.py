@@ -15,7 +15,6 @@ without any are sampled. Sampling itself repeats as far as the engine does: on o
 
 import contextlib
 import json
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -200,9 +199,7 @@ class Policy:
             self.valid[step] = json.loads(path.read_text())
         else:
             self.valid[step] = samples.validate(self.sampler, held_out, self.cfg)
-            temporary = path.with_suffix(".part")
-            temporary.write_text(json.dumps(self.valid[step]))
-            os.replace(temporary, path)
+            artifacts.write_whole(path, json.dumps(self.valid[step]))
         if step and _quality(self.valid[step]) <= _quality(self.valid[self.best_step]):
             return best
         self.best_step = step

@@ -24,11 +24,12 @@ from gr2.answers import parse
 from gr2.clicks import weighted_grade
 from gr2.config import Config, Prompt
 from gr2.context import Context
+from gr2.draws import seed_of
 from gr2.errors import EngineError, InputError
 from gr2.metrics import kendall_tau, values
 from gr2.rewards import overlong, reward
 from schemas.base import FLOAT, INT, list_of
-from scoring.engine import Answer, Ask, seed_of
+from scoring.engine import Answer, Ask
 from training.losses import group_advantages
 
 # Beside the columns of the table `rollouts`: what a resumed step needs to train on the very same tokens, and to log the same.

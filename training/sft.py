@@ -27,7 +27,7 @@ from training.loop import planned_steps, rank, world
 from training.stream import Draws, Epochs, Windows
 
 STAGE = "sft"
-ORDINAL_BITS = 31  # `scoring.engine.seed_of`
+ORDINAL_BITS = 31  # `gr2.draws.seed_of`
 LENGTH = 2.0  # of a row drawn anew, relative to the median of the others
 
 

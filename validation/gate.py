@@ -5,7 +5,6 @@ the whole system is judged, lists and order. So that hits and misses are of one 
 were asked for (`sample`), and how much it tells is counted by answers. Versions are those that the promoted release pins, as they were.
 """
 
-import hashlib
 import math
 from collections.abc import Iterable
 from itertools import takewhile
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 
 from gr2.config import Config
 from gr2.context import Context
+from gr2.draws import by_hash
 from gr2.metrics import paired_bootstrap, values
 from schemas.candidates import EXPERIMENT
 from schemas.lake import Lake
@@ -32,8 +32,7 @@ Places = dict[tuple[str, str], Place]  # (request, target) -> place
 
 def sample(ids: Iterable[str], cfg: Config) -> list[str]:
     """The validation requests that `rerank_scores` asks for this: those of the smallest seeded hashes, in that order."""
-    drawn = sorted(ids, key=lambda i: (hashlib.sha256(f"gate\0{cfg.seed}\0{i}".encode()).digest(), i))
-    return drawn[: cfg.release.requests]
+    return by_hash(ids, cfg.seed, "gate")[: cfg.release.requests]
 
 
 def compare(cfg: Config, ctx: Context) -> Finding | None:

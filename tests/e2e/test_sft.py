@@ -6,8 +6,8 @@ import shutil
 import pytest
 import torch
 
+from gr2.draws import seed_of
 from gr2.errors import InputError, MissingInputError
-from scoring.engine import seed_of
 from scoring.model import encode, label_ids, load
 from tests.e2e import tiny
 from training import checkpoints, fitting, sft

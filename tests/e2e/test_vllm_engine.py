@@ -12,10 +12,11 @@ import torch
 
 from gr2.answers import parse
 from gr2.config import Model, Scoring
+from gr2.draws import seed_of
 from gr2.errors import ConfigError, ModelError
 from gr2.prompts import LABELS
 from gr2.sids import sid_tokens
-from scoring.engine import Ask, seed_of
+from scoring.engine import Ask
 from scoring.model import build_model, build_vocabulary, encode, label_logprobs, load, save
 
 pytestmark = pytest.mark.e2e

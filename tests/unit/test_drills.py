@@ -5,8 +5,9 @@ from collections import Counter
 import pytest
 
 from gr2.answers import parse
-from gr2.drills import FEWEST, drill
+from gr2.drills import drill
 from gr2.prompts import COMPARED, evidence_of, evidence_words, format_answer, format_thought, load_template, render
+from gr2.sections import FEWEST_DRILLED as FEWEST
 
 ITEMS = [(f"<a_{i // 9}><b_{i % 9}>", f"item {i}") for i in range(60)]
 LINES, LISTS = load_template("rerank_v1"), load_template("rerank_v3")

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from gr2.answers import parse
+from gr2.draws import seed_of
 from gr2.errors import EngineError
 from gr2.prompts import Candidate, View, evidence_words, load_template, make_view
 from gr2.rewards import format_reward
-from scoring.engine import Ask, seed_of
+from scoring.engine import Ask
 from scoring.evidence_engine import FOLDS, NAME, EvidenceEngine, Program, columns_of, design, fit, fold_of
 
 pytestmark = pytest.mark.unit
