@@ -26,8 +26,8 @@ demo: setup  ## The whole pipeline on a simulated marketplace
 run: setup  ## A profile: make run PROFILE=beauty
 	$(RUN) gr2 run --profile $(PROFILE)
 
-test: setup  ## All tests
-	$(RUN) pytest -q
+test: setup  ## All tests, two files at a time, each on one thread
+	OMP_NUM_THREADS=1 $(RUN) pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 bench: demo  ## Benchmarks of speed, at sizes that end within an hour (of ranking: see docs/results.md)
 	$(RUN) python -m benchmarks.training

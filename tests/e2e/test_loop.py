@@ -337,11 +337,11 @@ def launch(tokenizer: Any, tmp_path: Path) -> Launcher:
 
 def test_killed_anywhere_a_training_comes_to_the_curve_of_an_unkilled_one(launch: Launcher) -> None:
     whole = launch("whole", stage=1)
-    steps = random.Random(os.environ.get("GR2_SEED", "4")).sample(range(1, 12), 2)
-    for deadly in (*(f"batch-{step}" for step in steps), "saving-_digests", "saving-replace"):
-        died = launch("killed", stage=1, every=3, deadly=deadly)
+    first, last = random.Random(os.environ.get("GR2_SEED", "4")).choices(range(1, 4), k=2)
+    for deadly in (f"batch-{first}", "saving-_digests", "saving-replace", f"batch-{last}"):  # one training, killed four times
+        died = launch("killed", stage=1, every=2, deadly=deadly)
         assert died == whole[: len(died)] != whole, deadly
-        assert launch("killed", stage=1, every=3) == whole, deadly
+    assert launch("killed", stage=1, every=2) == whole
 
 
 @pytest.mark.parametrize(("stage", "optimizer"), [(0, "muon"), (2, "adamw"), (3, "adamw")])

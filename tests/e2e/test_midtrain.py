@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.torch import load_file
-from tiny import put
 
 from gr2 import PROJECT, artifacts
 from gr2.context import Context
@@ -23,6 +22,7 @@ from gr2.sids import Trie, to_text
 from scoring.beams import beam_search
 from scoring.model import load, sid_ids
 from scoring.own_vectors import FILE
+from tests.tables import put
 from training import midtrain
 from training.codebooks import Codebooks
 from training.data import to_batch

@@ -7,7 +7,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from deltalake import write_deltalake
 
 import schemas
 from gr2 import artifacts
@@ -20,6 +19,7 @@ from scoring import compressed
 from scoring.model import build_model, build_vocabulary, encode, label_logprobs, load, load_tokenizer, save
 from spark_jobs import rerank_scores
 from spark_jobs.prompting import render_texts, views
+from tests.tables import put
 
 pytestmark = pytest.mark.e2e
 SIZE = Model(hidden=64, layers=2, heads=2, kv_heads=2, mlp=128, dropout=0.0)  # vLLM on CPU needs heads of at least 32
@@ -33,12 +33,12 @@ SETTINGS = [
 ]  # fmt: skip
 
 
-def put(ctx: Context, name: str, rows: list[dict[str, Any]]) -> None:
-    """A table, written without a JVM; columns that no row gives are empty."""
+def fill(ctx: Context, name: str, rows: list[dict[str, Any]]) -> None:
+    """A table whose columns that no row gives are empty."""
     contract = schemas.get(name)
     empty = {pa.string(): "", pa.date32(): dt.date(2026, 1, 1), pa.bool_(): False, pa.float64(): 0.0, pa.int32(): 0}
     blank = {c.name: None if c.nullable else [] if pa.types.is_list(c.type) else empty[c.type] for c in contract.columns}
-    write_deltalake(ctx.table_path(name), pa.Table.from_pylist([blank | r for r in rows], schema=contract.arrow()), mode="overwrite")
+    put(ctx, name, [blank | r for r in rows])
 
 
 def world(ctx: Context) -> None:
@@ -47,9 +47,9 @@ def world(ctx: Context) -> None:
     with artifacts.publish_folder(ctx.root, "tokenizer", {}) as folder:
         (folder / "config.json").write_text("{}")
     version = artifacts.resolve(ctx.root, "tokenizer", "").id
-    put(ctx, "items", [{"item_id": f"i{i}", "text": f"Item {i}"} for i in range(ITEMS)])
+    fill(ctx, "items", [{"item_id": f"i{i}", "text": f"Item {i}"} for i in range(ITEMS)])
     codes = [{"tokenizer": version, "item_id": f"i{i}", "token_text": to_text((i // 12, i % 12))} for i in range(ITEMS)]
-    put(ctx, "semantic_ids", codes)
+    fill(ctx, "semantic_ids", codes)
     requests, features = [], []
     for r in range(REQUESTS):
         items = [f"i{i}" for i in rng.permutation(ITEMS)[: LISTED + 3]]
@@ -63,8 +63,8 @@ def world(ctx: Context) -> None:
             features.append({**request, "item_id": item, "incoming_rank": place + 1, "recent": recent, "grade": grades[place]})
     facts = [c.name for c in schemas.get("candidate_features").columns if pa.types.is_floating(c.type)]
     features = [f | dict.fromkeys(facts, 1e6) if f["request_id"] == POISONED else f for f in features]
-    put(ctx, "candidates", requests)
-    put(ctx, "candidate_features", features)
+    fill(ctx, "candidates", requests)
+    fill(ctx, "candidate_features", features)
     vocabulary = build_vocabulary(vocabulary_texts(load_template("rerank_v1")), 420, sid_tokens(2, 12), ctx.work("vocabulary"))
     for name, seed in (("sft", 1), ("rl", 2)):
         with artifacts.publish_folder(ctx.root, name, {}) as draft:
@@ -140,14 +140,14 @@ def test_compressed_contexts_are_scored_under_their_own_names(make_ctx):
     for name, module in (("latents", torch.nn.Linear(1, 1)), ("brief", policy)):
         with artifacts.publish_folder(ctx.root, name, {}) as draft:
             compressed.save(draft, module, base.id, template)
-    put(ctx, "item_latents", [])
+    fill(ctx, "item_latents", [])
     with pytest.raises(MissingInputError, match="gr2 stage item_latents"):
         rerank_scores.run(ctx.cfg, ctx)
     own_VD = model.get_input_embeddings().weight.detach()
     common = {"compressor": ctx.model("latents", "latents").id, "k": 2, "text_tokens": 2}
     sids = {f"i{i}": to_text((i // 12, i % 12)) for i in range(1, ITEMS)}  # i0 is not among them: it stays said in tokens
     vectors = {i: own_VD[encode(tokenizer, sid)].flatten().tolist() for i, sid in sids.items()}
-    put(ctx, "item_latents", [{**common, "item_id": i, "vectors": own} for i, own in vectors.items()])
+    fill(ctx, "item_latents", [{**common, "item_id": i, "vectors": own} for i, own in vectors.items()])
     rerank_scores.run(ctx.cfg, ctx)
     rows = [r for r in ctx.lake.read("rerank_scores").to_pylist() if r["request_id"] != POISONED]
     scored = [r for r in rows if r["mode"] == "score"]

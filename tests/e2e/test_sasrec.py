@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from tiny import put
 
 from gr2 import pipeline
 from gr2.context import Context
 from gr2.errors import InputError
 from scoring.sasrec import load
+from tests.tables import put
 from training import sasrec
 
 pytestmark = pytest.mark.e2e

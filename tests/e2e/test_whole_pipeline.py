@@ -19,8 +19,9 @@ from spark_jobs.table_pages import questions
 
 pytestmark = pytest.mark.e2e
 SMALL = [
-    "simulator.users=160", "tokenizer.steps=300", "midtrain.student.max_steps=200", "midtrain.refit.max_steps=20",
-    "midtrain.teacher.max_steps=80", "traces.max_attempts=4", "traces.no_target_requests=5", "sft.drills=100", "sft.student.max_steps=15",
+    "simulator.users=160", "tokenizer.steps=150", "midtrain.student.max_steps=120", "midtrain.refit.max_steps=20",
+    "midtrain.teacher.max_steps=60", "midtrain.refit.processes=1", "midtrain.teacher.processes=1", "sft.student.processes=1",
+    "sft.teacher.processes=1", "traces.max_attempts=4", "traces.no_target_requests=5", "sft.drills=100", "sft.student.max_steps=15",
     "sft.teacher.max_steps=10", "candidates.n=10", "sft.student.row_tokens=640", "sft.teacher.row_tokens=640",
     "rl.student.max_steps=2", "rl.teacher.max_steps=2", "rl.prompts_per_step=4", "rl.group=4",
     "rl.max_refills=0", "rl.validate_requests=8", "opd.train.max_steps=2", "latents.train.max_steps=5",

@@ -3,10 +3,6 @@
 import random
 from typing import Any
 
-import pyarrow as pa
-from deltalake import write_deltalake
-
-import schemas
 from gr2 import artifacts
 from gr2.config import Model
 from gr2.context import Context
@@ -26,16 +22,11 @@ from gr2.prompts import (
 )
 from gr2.sids import sid_tokens, to_text
 from scoring.model import build_model, build_vocabulary, load, prompt_text, save
+from tests.tables import put
 from training import sft
 
 SIZE = Model(hidden=64, layers=2, heads=2, kv_heads=2, mlp=96, dropout=0.0)  # heads of 32: the least that vLLM serves on a CPU
 TOKENS = sid_tokens(2, 12)
-
-
-def put(ctx: Context, name: str, rows: list[dict[str, Any]]) -> None:
-    """A table, written without a JVM and without audits: these tests are about what reads it."""
-    table = pa.Table.from_pylist(rows, schema=schemas.get(name).arrow())
-    write_deltalake(ctx.table_path(name), table, mode="overwrite")
 
 
 def sid(item: int) -> str:

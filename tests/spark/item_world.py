@@ -1,11 +1,7 @@
 """Items of three topics, and who follows whom: what the tests of vectors and codes are built on."""
 
-import pyarrow as pa
-
 from gr2.context import Context
-from schemas import get
-from spark_jobs.publish import publish
-from spark_jobs.session import frame_of
+from tests.tables import put
 
 TOPICS = ("lavender hair shampoo", "red nail polish", "steel coffee grinder")
 
@@ -18,7 +14,7 @@ def publish_items(ctx: Context, count: int) -> list[str]:
     """Items of three topics; the last one is never bought."""
     ids = [f"i{k:03d}" for k in range(count)]
     rows = [{"item_id": i, "categories": [], "text": f"{TOPICS[topic_of(i)]} number {i}", "has_text": True} for i in ids]
-    publish(ctx, "items", frame_of(ctx, pa.Table.from_pylist(rows, schema=get("items").arrow())))
+    put(ctx, "items", rows)
     return ids
 
 
@@ -32,4 +28,4 @@ def publish_pairs(ctx: Context, ids: list[str], fit: str, shift: int) -> None:
         ]
     for row in rows:
         row |= {"next_count": 1, "lift": 1.0, "median_gap_days": 1.0}
-    publish(ctx, "item_pairs", frame_of(ctx, pa.Table.from_pylist(rows, schema=get("item_pairs").arrow())), partition={"fit": fit})
+    put(ctx, "item_pairs", rows, {"fit": fit})

@@ -9,6 +9,7 @@ from gr2.prompts import load_template, vocabulary_texts
 from gr2.sids import sid_tokens, to_text
 from scoring.model import build_model, build_vocabulary, save
 from tests.spark import rerank_world
+from tests.tables import put
 
 SIZE = Model(hidden=64, layers=2, heads=2, kv_heads=2, mlp=96, dropout=0.0)  # heads of 32: the least that vLLM serves on a CPU
 
@@ -29,7 +30,7 @@ def build(ctx: Context, *models: str) -> dict[str, dict[str, Any]]:
         codes = [item // 12, item % 12]
         row = {"tokenizer": version, "item_id": f"i{item}", "codes": codes, "token_text": sid(item), "learned_codes": codes}
         rows.append({**row, "separated": False, "residual": 0.1, "added_on": rerank_world.DAY})
-    rerank_world.put(ctx, "semantic_ids", rows)
+    put(ctx, "semantic_ids", rows)
     tokenizer = build_vocabulary(vocabulary_texts(load_template()), 500, sid_tokens(2, 12), ctx.work("vocabulary"))
     for seed, name in enumerate(("midtrain", *models)):
         with artifacts.publish_folder(ctx.root, name, {}) as folder:

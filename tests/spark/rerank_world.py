@@ -1,23 +1,22 @@
 """A small random world of the tables around re-ranking, for the tests of features, baselines, evaluation and leakage."""
 
+import atexit
+import copy
 import datetime as dt
+import shutil
+import tempfile
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
-import schemas
+from gr2.config import load
 from gr2.context import Context
 from spark_jobs.candidates import publish_features
-from spark_jobs.publish import publish
-from spark_jobs.session import frame_of
+from tests.tables import put
 
 DAY = dt.date(2026, 3, 1)
-
-
-def put(ctx: Context, name: str, rows: list[dict[str, Any]], partition: dict[str, str] | None = None) -> None:
-    """Publishes rows as a table, through its contract."""
-    publish(ctx, name, frame_of(ctx, pa.Table.from_pylist(rows, schema=schemas.get(name).arrow())), partition)
 
 
 def item_rows(rng: np.random.Generator, n: int) -> list[dict[str, Any]]:
@@ -104,7 +103,17 @@ def evidence(ctx: Context, rng: np.random.Generator, n_items: int) -> None:
 
 
 def learnable(ctx: Context, hit: float = 0.8) -> dict[str, dict[str, Any]]:
-    """Requests of all splits, published with their features; targets follow the heaviest pair from the last history item."""
+    """Requests of all splits with their features; targets follow the heaviest pair from the last history item. Made once, then copied."""
+    root, requests = _learnable(hit)
+    shutil.copytree(root / "tables", ctx.root / "tables", dirs_exist_ok=True)
+    return copy.deepcopy(requests)
+
+
+@cache
+def _learnable(hit: float) -> tuple[Path, dict[str, dict[str, Any]]]:
+    root = Path(tempfile.mkdtemp(prefix="gr2-lists-"))
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    ctx = Context(load("demo", [f"paths.root={root}"]))
     rng = np.random.default_rng(3)
     evidence(ctx, rng, 24)
     requests = [r for split, n in (("rerank", 120), ("valid", 40), ("test", 40)) for r in candidate_rows(rng, 24, split, n, hit=hit)]
@@ -116,4 +125,4 @@ def learnable(ctx: Context, hit: float = 0.8) -> dict[str, dict[str, Any]]:
             request.update(target_id=request["candidate_ids"][place], target_rank=place + 1, grades=[int(i == place) for i in range(10)])
     put(ctx, "candidates", requests)
     publish_features(ctx)
-    return {r["request_id"]: r for r in requests}
+    return root, {r["request_id"]: r for r in requests}

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rerank_world import put
 
 from gr2 import artifacts
 from gr2.config import Model
@@ -18,6 +17,7 @@ from gr2.sections import Sasrec
 from gr2.sids import sid_tokens, to_text
 from scoring import sasrec
 from scoring.model import build_model, build_vocabulary, save
+from tests.tables import put
 from training.codebooks import Codebooks
 
 ITEMS, CODES = 40, 8

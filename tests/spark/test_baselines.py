@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from rerank_world import learnable, put
+from rerank_world import learnable
 
 import schemas
 from gr2.errors import InputError
@@ -10,6 +10,7 @@ from schemas.program_lists import TAUGHT
 from scoring.evidence_engine import fold_of
 from spark_jobs import baselines
 from spark_jobs.program import LESSONS, boosted, fitted, padded
+from tests.tables import put
 
 pytestmark = pytest.mark.spark
 

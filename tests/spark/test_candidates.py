@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rerank_world import pair_rows, put, stats_rows, vector_rows
+from rerank_world import pair_rows, stats_rows, vector_rows
 from sequence_world import ITEMS, START, asin, catalogue, codes_of, interaction_rows, model_named, sasrec_named, walks
 
 from gr2.clicks import examination, inverse_weights
@@ -19,6 +19,7 @@ from spark_jobs import candidates
 from spark_jobs.candidates import requests, sampled
 from spark_jobs.logged_lists import logged
 from spark_jobs.session import read
+from tests.tables import put
 
 pytestmark = pytest.mark.spark
 WINDOWS = (16, 22, 28)

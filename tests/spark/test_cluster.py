@@ -81,14 +81,13 @@ def test_interactions_to_evidence_on_a_cluster_equal_local_mode(cluster, tmp_pat
     evidence.run(local.cfg, local)
     settings = ["data.max_history=4", "evidence.window=3", f"spark.master={master}", f"spark.extra={SPARK}"]
     overrides = [part for item in (f"paths.root={tmp_path / 'cluster'}", *settings) for part in ("--set", item)]
-    for stage in ("interactions", "evidence"):
-        words = [sys.executable, "-m", "gr2", "stage", stage, "--profile", "demo", *overrides]
-        done = subprocess.run(words, cwd=PROJECT, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
+    words = [sys.executable, "-m", "gr2", "run", "--from", "interactions", "--to", "evidence", "--profile", "demo", *overrides]
+    done = subprocess.run(words, cwd=PROJECT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
     assert contents(root(tmp_path, "cluster")) == contents(local)
     with urllib.request.urlopen(f"{page}/json/", timeout=5) as answer:
         finished = json.load(answer)["completedapps"]
-    assert len(finished) == 2, "both stages ran on the cluster"
+    assert len(finished) == 1, "the stages ran on the cluster, in one session"
     executors = {p.name for n in (1, 2) for p in (tmp_path / f"worker{n}").glob("app-*/*") if re.fullmatch(r"\d+", p.name)}
     assert len(executors) >= 2, "on both workers"
 

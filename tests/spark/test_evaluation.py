@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from rerank_world import learnable, put
+from rerank_world import learnable
 
 from gr2 import artifacts
 from gr2.config import Config
@@ -14,6 +14,7 @@ from gr2.context import Context
 from gr2.errors import AuditError, MissingInputError
 from gr2.pipeline import write_record
 from spark_jobs import baselines, evaluation
+from tests.tables import put
 
 pytestmark = pytest.mark.spark
 

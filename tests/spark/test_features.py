@@ -5,11 +5,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rerank_world import candidate_rows, evidence, put, vector_rows
+from rerank_world import candidate_rows, evidence, vector_rows
 
 from gr2.errors import MissingInputError
 from spark_jobs.features import LOOKBACK, with_features
 from spark_jobs.session import read
+from tests.tables import put
 
 pytestmark = pytest.mark.spark
 N = 24

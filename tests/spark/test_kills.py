@@ -1,6 +1,6 @@
 """SIGKILL at the named points of publishing: what was there stays readable as it was, and the next run completes it (DESIGN contract 3).
 
-A selection of points and tables runs always; `GR2_KILLS=all` tries each point of each table of the data plane.
+Each stage and each point once runs always; `GR2_KILLS=all` tries each point of each table of the data plane.
 """
 
 import os
@@ -20,9 +20,8 @@ SETTINGS = ["simulator.users=40", "simulator.items=60", "simulator.days=4", "sim
 STAGES = ("events", "items", "interactions", "impressions", "evidence")
 POINTS = ("begun", "staged", "audited", "committed", "cleaned")
 SOME = [
-    ("events", "quarantine", "committed"), ("events", "events", "staged"), ("events", "events", "committed"),
-    ("items", "items", "audited"), ("interactions", "interactions", "begun"), ("interactions", "histories", "staged"),
-    ("impressions", "impressions", "cleaned"), ("evidence", "item_pairs", "audited"),
+    ("events", "events", "committed"), ("items", "items", "audited"), ("interactions", "histories", "staged"),
+    ("impressions", "impressions", "cleaned"), ("evidence", "item_pairs", "begun"),
 ]  # fmt: skip
 ALL = [(s, t, p) for s in STAGES for t in pipeline.get(s).writes if (s, t) != ("items", "quarantine") for p in POINTS]
 

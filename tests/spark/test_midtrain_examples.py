@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from rerank_world import put
 from sequence_world import ITEMS, catalogue, interaction_rows, sid, walks
 
 from gr2.context import Context
 from gr2.sids import from_text
 from schemas.interactions import FITS
 from spark_jobs import midtrain_examples
+from tests.tables import put
 
 pytestmark = pytest.mark.spark
 WINDOW = 6

@@ -1,12 +1,12 @@
 """A world in which a teacher can work: learnable lists with codes and a vocabulary, built once and copied for each test."""
 
+import atexit
 import shutil
 import tempfile
 from functools import cache
 from pathlib import Path
 
-import pytest
-from rerank_world import DAY, learnable, put
+from rerank_world import DAY, learnable
 
 from gr2 import artifacts
 from gr2.config import load
@@ -14,12 +14,14 @@ from gr2.context import Context
 from gr2.prompts import load_template, vocabulary_texts
 from gr2.sids import sid_tokens, to_text
 from scoring.model import build_vocabulary
+from tests.tables import put
 
 
 @cache
 def _built() -> Path:
     """120 lists of split rerank, 40 of valid, 40 of test; in four of five the target follows the heaviest pair."""
     root = Path(tempfile.mkdtemp(prefix="gr2-world-"))
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
     ctx = Context(load("demo", [f"paths.root={root}"]))
     learnable(ctx)
     with artifacts.publish_folder(root, "tokenizer", {}) as folder:
@@ -42,10 +44,3 @@ def settle(ctx: Context) -> Context:
     shutil.copytree(_built(), ctx.root, dirs_exist_ok=True)
     ctx.__dict__.pop("lake", None)
     return ctx
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _swept():
-    yield
-    if _built.cache_info().currsize:
-        shutil.rmtree(_built(), ignore_errors=True)

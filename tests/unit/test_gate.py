@@ -5,20 +5,14 @@ import json
 import re
 
 import numpy as np
-import pyarrow as pa
 import pytest
-from deltalake import write_deltalake
 
 import schemas
 from spark_jobs import prompting, rerank_scores
+from tests.tables import put
 from validation import gate
 
 LIST = ["a", "b", "c", "d", "e"]
-
-
-def put(ctx, name: str, rows: list[dict]) -> None:
-    """A new version of a table."""
-    write_deltalake(ctx.table_path(name), pa.Table.from_pylist(rows, schema=schemas.get(name).arrow()), mode="overwrite")
 
 
 def request(n: int, listed: bool = True) -> dict:

@@ -6,22 +6,17 @@ import re
 import subprocess
 import sys
 
-import pyarrow as pa
 import pytest
-from deltalake import write_deltalake
 
 import schemas
 from gr2 import PROJECT
 from gr2.errors import EnvironmentProblem, InputError, MissingInputError
 from schemas.lake import Lake
 from schemas.query import print_query, print_tables, query
+from tests.tables import put
 
 pytestmark = pytest.mark.unit
 DAY = dt.date(2026, 1, 1)
-
-
-def put(ctx, name: str, rows: list[dict]) -> None:
-    write_deltalake(ctx.table_path(name), pa.Table.from_pylist(rows, schema=schemas.get(name).arrow()), mode="overwrite")
 
 
 def stats(*items: str) -> list[dict]:
