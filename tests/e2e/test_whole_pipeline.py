@@ -18,7 +18,9 @@ from schemas.query import query
 from spark_jobs.table_pages import questions
 
 pytestmark = pytest.mark.e2e
+SIZE = "{hidden: 64, layers: 2, heads: 2, kv_heads: 2, mlp: 128, dropout: 0.05}"
 SMALL = [
+    f"models.student={SIZE}", f"models.teacher={SIZE}",
     "simulator.users=160", "tokenizer.steps=150", "midtrain.student.max_steps=120", "midtrain.refit.max_steps=20",
     "midtrain.teacher.max_steps=60", "midtrain.refit.processes=1", "midtrain.teacher.processes=1", "sft.student.processes=1",
     "sft.teacher.processes=1", "traces.max_attempts=4", "traces.no_target_requests=5", "sft.drills=100", "sft.student.max_steps=15",

@@ -1,6 +1,7 @@
 """A night's lists: users of the day, what was known at its end, evidence without a future; equal in whichever order nights come."""
 
 import datetime as dt
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -57,11 +58,18 @@ LOG = {
 }
 
 
-def test_users_of_the_day_get_lists_of_what_was_known_then(tmp_path):
-    ctx = night_of(tmp_path, 30)
-    world(ctx)
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory) -> Path:
+    """A root on which the nights came in their order."""
+    root = tmp_path_factory.mktemp("straight")
+    world(night_of(root, 30))
     for day, came in LOG.items():
-        ctx = run_night(tmp_path, day, came)
+        run_night(root, day, came)
+    return root
+
+
+def test_users_of_the_day_get_lists_of_what_was_known_then(straight):
+    ctx = night_of(straight, 32)
     found = ctx.lake.read("candidates", order_by=["night", "user_id"]).to_pylist()
     assert [(r["night"], r["user_id"], r["history_ids"]) for r in found] == [
         ("2026-01-31", "a", ["i1", "i2"]), ("2026-01-31", "b", ["i5"]), ("2026-01-31", "c", ["i1"]),
@@ -80,14 +88,13 @@ def test_users_of_the_day_get_lists_of_what_was_known_then(tmp_path):
     assert checks["request_fit"]["passed"]
 
 
-def test_nights_in_any_order_end_alike(tmp_path):
-    straight, mixed = tmp_path / "straight", tmp_path / "mixed"
-    for root, days in ((straight, (30, 31, 32)), (mixed, (32, 30, 31))):
-        world(night_of(root, 30))
-        for day in days:
-            run_night(root, day, LOG[day])
-        run_night(root, days[-1], [])  # again, with nothing new
-    found, wanted = lists(night_of(mixed, 30)), lists(night_of(straight, 30))
+def test_nights_in_any_order_end_alike(straight, tmp_path):
+    world(night_of(tmp_path, 30))
+    for day in (32, 30, 31):
+        run_night(tmp_path, day, LOG[day])
+    for root, last in ((straight, 32), (tmp_path, 31)):
+        run_night(root, last, [])  # again, with nothing new
+    found, wanted = lists(night_of(tmp_path, 30)), lists(night_of(straight, 30))
     for name, rows in wanted.items():
         assert len(found[name]) == len(rows)
         for row, want in zip(found[name], rows, strict=True):
@@ -129,12 +136,8 @@ def test_a_past_night_stands_while_its_data_do_whichever_pre_ranker_is_out(tmp_p
         put(ctx, table, rows)
 
 
-def test_evidence_as_of_a_night_holds_no_later_day(tmp_path):
-    for day, came in LOG.items():
-        ctx = night_of(tmp_path, day)
-        publish(ctx, "events", frame_of(ctx, day_events(came)))
-        interactions.run(ctx.cfg, ctx)
-        evidence.run(ctx.cfg, ctx)
+def test_evidence_as_of_a_night_holds_no_later_day(straight):
+    ctx = night_of(straight, 32)
     pairs, stats = evidence.as_of(ctx, ctx.cfg.evidence, START + dt.timedelta(days=31))
     assert {(r["item_id"], r["next_item_id"]) for r in pairs.collect()} == {("i1", "i2"), ("i2", "i3"), ("i1", "i3")}
     assert {r["item_id"]: r["count"] for r in stats.collect()} == {"i1": 2, "i2": 2, "i3": 1, "i5": 1, "i7": 1}
