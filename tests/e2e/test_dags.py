@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import pyarrow as pa
 import pytest
 
 import schemas
 from gr2 import PROJECT, artifacts
 from gr2.pipeline import flow
+from tests.tables import put
 
 pytestmark = pytest.mark.e2e
 
@@ -75,8 +75,6 @@ def test_what_the_schedule_itself_starts_of_a_backfill_does_nothing(dags):
 @pytest.fixture
 def night_of_clicks(ctx, monkeypatch):
     """A log whose last day has other kinds of events than those before, under a root that stages are called with."""
-    from deltalake import write_deltalake
-
     from dags import stages
 
     rows = []
@@ -86,7 +84,7 @@ def night_of_clicks(ctx, monkeypatch):
             event = dict.fromkeys(schemas.get("events").names()) | {"event_id": f"{day}-{n}", "user_id": "u", "item_id": "i"}
             event |= {"kind": "click" if day == 10 or n % 2 else "purchase", "event_time": time, "event_date": time.date()}
             rows.append(event | {"day_known": True, "source_file": "f", "ingest_date": time.date(), "period": "2026"})
-    write_deltalake(ctx.table_path("events"), pa.Table.from_pylist(rows, schema=schemas.get("events").arrow()))
+    put(ctx, "events", rows)
     for name in ("tokenizer", next(iter(ctx.cfg.scoring.live))):
         with artifacts.publish_folder(ctx.root, name, {}) as folder:
             (folder / "config.json").write_text("{}")

@@ -10,7 +10,7 @@ def topic_of(item: str) -> int:
     return int(item[1:]) % 3
 
 
-def publish_items(ctx: Context, count: int) -> list[str]:
+def put_items(ctx: Context, count: int) -> list[str]:
     """Items of three topics; the last one is never bought."""
     ids = [f"i{k:03d}" for k in range(count)]
     rows = [{"item_id": i, "categories": [], "text": f"{TOPICS[topic_of(i)]} number {i}", "has_text": True} for i in ids]
@@ -18,7 +18,7 @@ def publish_items(ctx: Context, count: int) -> list[str]:
     return ids
 
 
-def publish_pairs(ctx: Context, ids: list[str], fit: str, shift: int) -> None:
+def put_pairs(ctx: Context, ids: list[str], fit: str, shift: int) -> None:
     """Each item but the last is followed by the two next ones of a topic that is `shift` away (0: its own)."""
     rows = []
     for k, item in enumerate(ids[:-1]):

@@ -10,13 +10,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
+import schemas
 from gr2.config import load
 from gr2.context import Context
 from spark_jobs.candidates import publish_features
+from spark_jobs.publish import publish
+from spark_jobs.session import frame_of
 from tests.tables import put
 
 DAY = dt.date(2026, 3, 1)
+
+
+def publish_rows(ctx: Context, name: str, rows: list[dict[str, Any]]) -> None:
+    """A table published as a stage does, audits and all: `put` is for tables that nothing publishes."""
+    publish(ctx, name, frame_of(ctx, pa.Table.from_pylist(rows, schema=schemas.get(name).arrow())))
+
+
+def scratch() -> Path:
+    """A folder that lasts as long as this process."""
+    root = Path(tempfile.mkdtemp(prefix="gr2-world-"))
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    return root
 
 
 def item_rows(rng: np.random.Generator, n: int) -> list[dict[str, Any]]:
@@ -111,8 +127,7 @@ def learnable(ctx: Context, hit: float = 0.8) -> dict[str, dict[str, Any]]:
 
 @cache
 def _learnable(hit: float) -> tuple[Path, dict[str, dict[str, Any]]]:
-    root = Path(tempfile.mkdtemp(prefix="gr2-lists-"))
-    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    root = scratch()
     ctx = Context(load("demo", [f"paths.root={root}"]))
     rng = np.random.default_rng(3)
     evidence(ctx, rng, 24)

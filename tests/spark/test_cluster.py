@@ -82,7 +82,7 @@ def test_interactions_to_evidence_on_a_cluster_equal_local_mode(cluster, tmp_pat
     settings = ["data.max_history=4", "evidence.window=3", f"spark.master={master}", f"spark.extra={SPARK}"]
     overrides = [part for item in (f"paths.root={tmp_path / 'cluster'}", *settings) for part in ("--set", item)]
     words = [sys.executable, "-m", "gr2", "run", "--from", "interactions", "--to", "evidence", "--profile", "demo", *overrides]
-    done = subprocess.run(words, cwd=PROJECT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(words, cwd=PROJECT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert contents(root(tmp_path, "cluster")) == contents(local)
     with urllib.request.urlopen(f"{page}/json/", timeout=5) as answer:

@@ -107,7 +107,7 @@ def test_a_stage_whose_executors_yarn_places(hadoop, local, tmp_path):
     words = [word for item in (*settings, "spark.master=yarn", f"spark.extra={YARN}") for word in ("--set", item)]
     done = subprocess.run(
         [sys.executable, "-m", "gr2", "stage", "interactions", "--profile", "demo", *words],
-        cwd=PROJECT, env={**os.environ, "HADOOP_CONF_DIR": str(home)}, capture_output=True, text=True, timeout=400,
+        cwd=PROJECT, env={**os.environ, "HADOOP_CONF_DIR": str(home)}, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert contents(there, PLACED) == contents(local, PLACED)
@@ -142,6 +142,6 @@ def test_airflow_submits_a_stage_whose_driver_yarn_places(hadoop, local, profile
     subprocess.run([airflow, "db", "migrate"], env=environment, capture_output=True, check=True)
     given = json.dumps({"profile": profile, "settings": []})
     words = [airflow, "tasks", "test", "retrain", "interactions", "--task-params", given]
-    done = subprocess.run(words, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(words, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert contents(there, PLACED) == contents(local, PLACED)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from item_world import TOPICS, publish_items, publish_pairs, topic_of
+from item_world import TOPICS, put_items, put_pairs, topic_of
 
 from gr2.context import Context
 from spark_jobs import embedder, item_embeddings
@@ -22,8 +22,8 @@ def vectors(ctx: Context, model: str) -> dict[str, np.ndarray]:
 
 def test_vectors_know_topics_and_no_future_and_reruns_change_nothing(make_ctx: Callable[..., Context]) -> None:
     ctx = make_ctx(SMALL)
-    ids = publish_items(ctx, 40)
-    publish_pairs(ctx, ids, "train", shift=0)
+    ids = put_items(ctx, 40)
+    put_pairs(ctx, ids, "train", shift=0)
     result = item_embeddings.run(ctx.cfg, ctx)
     assert result.rows_out == 80
     assert result.detail == {"models": ["pairs_svd", "tfidf_svd"], "share_without_pairs": pytest.approx(1 / 40)}
@@ -38,7 +38,7 @@ def test_vectors_know_topics_and_no_future_and_reruns_change_nothing(make_ctx: C
         assert scores[same].mean() > scores[~same].mean() + 0.3
     version = ctx.lake.version("item_embeddings")
     model = ctx.model("embedder", "item_embeddings").hash
-    publish_pairs(ctx, ids, "refit", shift=1)  # a later window that says something else
+    put_pairs(ctx, ids, "refit", shift=1)  # a later window that says something else
     item_embeddings.run(ctx.cfg, ctx)
     assert ctx.lake.version("item_embeddings") == version
     assert ctx.model("embedder", "item_embeddings").hash == model
@@ -46,11 +46,11 @@ def test_vectors_know_topics_and_no_future_and_reruns_change_nothing(make_ctx: C
 
 def test_frozen_projection_puts_new_items_into_the_same_space(make_ctx: Callable[..., Context]) -> None:
     ctx = make_ctx([*SMALL, "embeddings.frozen=true"])
-    ids = publish_items(ctx, 30)
-    publish_pairs(ctx, ids, "train", shift=0)
+    ids = put_items(ctx, 30)
+    put_pairs(ctx, ids, "train", shift=0)
     item_embeddings.run(ctx.cfg, ctx)
     before = {model: vectors(ctx, model) for model in ("tfidf_svd", "pairs_svd")}
-    publish_items(ctx, 36)
+    put_items(ctx, 36)
     item_embeddings.run(ctx.cfg, ctx)
     for model, old in before.items():
         now = vectors(ctx, model)
@@ -103,8 +103,8 @@ def test_hugging_face_encoder_takes_the_place_of_tfidf(make_ctx: Callable[..., C
     assert np.allclose(embedder.encode_texts(str(folder), texts), embedder.unit(np.stack(alone)), atol=1e-5)  # padding changes nothing
 
     ctx = make_ctx([f"embeddings.encoder={folder}", "embeddings.collaborative_dim=0"])
-    ids = publish_items(ctx, 6)
-    publish_pairs(ctx, ids, "train", shift=0)
+    ids = put_items(ctx, 6)
+    put_pairs(ctx, ids, "train", shift=0)
     result = item_embeddings.run(ctx.cfg, ctx)
     assert result.detail["models"] == ["lab--tiny--encoder"]
     assert vectors(ctx, "lab--tiny--encoder")["i000"].shape == (16,)

@@ -4,12 +4,11 @@ import datetime as dt
 import json
 import os
 
-import pyarrow as pa
 import pytest
 from deltalake import DeltaTable
 from event_world import event_table
+from rerank_world import publish_rows
 
-import schemas
 from gr2 import pipeline
 from schemas.lake import Lake
 from spark_jobs import maintenance
@@ -26,7 +25,7 @@ def stats(ctx, count: int) -> int:
     """A version of `item_stats` with so many items; returns its number."""
     row = {"fit": "train", "count": 1, "users": 1, "recent": 1.0, "last_date": None, "reference_date": dt.date(2026, 1, 1)}
     rows = [row | {"item_id": f"i{n}", "popularity_rank": n + 1} for n in range(count)]
-    publish(ctx, "item_stats", frame_of(ctx, pa.Table.from_pylist(rows, schema=schemas.get("item_stats").arrow())))
+    publish_rows(ctx, "item_stats", rows)
     return ctx.lake.version("item_stats")
 
 
@@ -35,7 +34,7 @@ def release(ctx, *others: str, **pins: int) -> None:
     row = {"release_id": "r1", "status": "promoted", "profile": "demo", "run_id": "x", "pins": json.dumps({"tables": pins}), "code": "c"}
     row |= {"config_hash": "h", "lock_hash": "l", "seed": 1, "promoted_at": dt.datetime(2026, 1, 1, tzinfo=dt.UTC)}
     rows = [row, *(row | {"release_id": other, "status": "superseded"} for other in others)]
-    publish(ctx, "releases", frame_of(ctx, pa.Table.from_pylist(rows, schema=schemas.get("releases").arrow())))
+    publish_rows(ctx, "releases", rows)
 
 
 def readable(ctx, version: int) -> int | None:

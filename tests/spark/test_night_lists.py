@@ -5,13 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from event_world import day_events
-from rerank_world import vector_rows
+from rerank_world import publish_rows, vector_rows
 from sequence_world import ITEMS, START, catalogue, model_named, sasrec_named
 
-import schemas
 from gr2.config import load
 from gr2.context import Context
 from gr2.errors import InputError
@@ -45,11 +43,6 @@ def run_night(root: Any, day: int, came: list[tuple[str, int, int]]) -> Context:
     for stage in (interactions, evidence, candidates):
         stage.run(ctx.cfg, ctx)
     return ctx
-
-
-def replace(ctx: Context, name: str, rows: list[dict[str, Any]]) -> None:
-    """A table that a stage has published, whole."""
-    publish(ctx, name, frame_of(ctx, pa.Table.from_pylist(rows, schema=schemas.get(name).arrow())))
 
 
 def lists(ctx: Context) -> dict[str, list[dict[str, Any]]]:
@@ -137,10 +130,10 @@ def test_a_past_night_stands_while_its_data_do_whichever_pre_ranker_is_out(tmp_p
     known = night_lists.made_from(ctx, nights)
     for table in ("histories", "pair_days"):  # published apart from the interactions, they may come later than these
         rows = ctx.lake.read(table, order_by=["as_of" if table == "histories" else "event_date"]).to_pylist()
-        replace(ctx, table, rows[:-1])
+        publish_rows(ctx, table, rows[:-1])
         found = night_lists.made_from(ctx, nights)
         assert [found[n] == known[n] for n in nights] == [True, False]
-        replace(ctx, table, rows)
+        publish_rows(ctx, table, rows)
 
 
 def test_evidence_as_of_a_night_holds_no_later_day(straight):

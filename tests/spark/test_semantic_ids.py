@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from item_world import publish_items, publish_pairs
+from item_world import put_items, put_pairs
 
 from gr2 import sids
 from gr2.context import Context
@@ -40,8 +40,8 @@ def audits(ctx: Context) -> dict[str, dict[str, Any]]:
 
 def test_bijection_rerun_and_inserts(make_ctx: Callable[..., Context]) -> None:
     ctx = make_ctx([*SMALL, "embeddings.frozen=true", "embeddings.collaborative_dim=0"])
-    ids = publish_items(ctx, 60)
-    publish_pairs(ctx, ids, "train", shift=0)
+    ids = put_items(ctx, 60)
+    put_pairs(ctx, ids, "train", shift=0)
     item_embeddings.run(ctx.cfg, ctx)
     tokenizer.run(ctx.cfg, ctx)
     made = ctx.model("tokenizer", "tokenizer")
@@ -70,7 +70,7 @@ def test_bijection_rerun_and_inserts(make_ctx: Callable[..., Context]) -> None:
     assert ctx.model("tokenizer", "tokenizer").id == made.id
     assert ctx.lake.version("semantic_ids") == version
 
-    publish_items(ctx, 75)
+    put_items(ctx, 75)
     item_embeddings.run(ctx.cfg, ctx)
     assert tokenizer.run(ctx.cfg, ctx).detail["kept"]
     assert semantic_ids.run(ctx.cfg, ctx).detail["added"] == 15
@@ -89,13 +89,13 @@ def test_bijection_rerun_and_inserts(make_ctx: Callable[..., Context]) -> None:
 def test_of_two_nights_at_once_neither_loses_the_others_items(make_ctx: Callable[..., Context], monkeypatch: pytest.MonkeyPatch) -> None:
     """Each stage is held where it has audited what it wrote, while another run brings more items through the whole chain."""
     ctx = make_ctx([*SMALL, "tokenizer.builder=rqkmeans", "embeddings.frozen=true", "tokenizer.min_uniqueness=0"])
-    ids = publish_items(ctx, 20)
-    publish_pairs(ctx, ids, "train", shift=0)
+    ids = put_items(ctx, 20)
+    put_pairs(ctx, ids, "train", shift=0)
     for stage in (item_embeddings, tokenizer, semantic_ids):
         stage.run(ctx.cfg, ctx)
     first, count = codes(ctx), 20
     for stage, table in ((item_embeddings, "item_embeddings"), (semantic_ids, "semantic_ids")):
-        publish_items(ctx, count + 1)
+        put_items(ctx, count + 1)
         if table == "semantic_ids":
             item_embeddings.run(ctx.cfg, ctx)
         came: list[str] = []
@@ -103,7 +103,7 @@ def test_of_two_nights_at_once_neither_loses_the_others_items(make_ctx: Callable
         def reached(point: str, name: str, table: str = table, came: list[str] = came, more: int = count + 3) -> None:
             if (point, name) == ("audited", table) and not came:
                 came.append(name)
-                publish_items(ctx, more)
+                put_items(ctx, more)
                 item_embeddings.run(ctx.cfg, ctx)
                 semantic_ids.run(ctx.cfg, ctx)
 
@@ -122,8 +122,8 @@ def test_low_uniqueness_publishes_nothing_and_keeps_the_evidence(make_ctx: Calla
     ctx = make_ctx([*SMALL, "tokenizer.builder=rqkmeans", "tokenizer.levels=2", "tokenizer.codes=4", "tokenizer.min_uniqueness=0.99"])
     with pytest.raises(MissingInputError, match="gr2 stage item_embeddings"):
         tokenizer.run(ctx.cfg, ctx)
-    ids = publish_items(ctx, 16)
-    publish_pairs(ctx, ids, "train", shift=0)
+    ids = put_items(ctx, 16)
+    put_pairs(ctx, ids, "train", shift=0)
     item_embeddings.run(ctx.cfg, ctx)
     tokenizer.run(ctx.cfg, ctx)
     with pytest.raises(AuditError, match=r"learned distinct/items is 0\.\d+, at least 0\.9900 is asked"):

@@ -1,12 +1,10 @@
 """A world in which a teacher can work: learnable lists with codes and a vocabulary, built once and copied for each test."""
 
-import atexit
 import shutil
-import tempfile
 from functools import cache
 from pathlib import Path
 
-from rerank_world import DAY, learnable
+from rerank_world import DAY, learnable, scratch
 
 from gr2 import artifacts
 from gr2.config import load
@@ -20,8 +18,7 @@ from tests.tables import put
 @cache
 def _built() -> Path:
     """120 lists of split rerank, 40 of valid, 40 of test; in four of five the target follows the heaviest pair."""
-    root = Path(tempfile.mkdtemp(prefix="gr2-world-"))
-    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    root = scratch()
     ctx = Context(load("demo", [f"paths.root={root}"]))
     learnable(ctx)
     with artifacts.publish_folder(root, "tokenizer", {}) as folder:

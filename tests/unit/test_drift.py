@@ -4,11 +4,10 @@ import datetime as dt
 import math
 
 import numpy as np
-import pyarrow as pa
 import pytest
-from deltalake import write_deltalake
 
 import schemas
+from tests.tables import put
 from validation import drift
 
 NIGHT = dt.date(2026, 2, 1)
@@ -52,7 +51,7 @@ def test_kinds_of_events_that_move_are_found(ctx, share, passes):
                 "period": "2026",
             }
             rows.append(event)
-    write_deltalake(ctx.table_path("events"), pa.Table.from_pylist(rows, schema=schemas.get("events").arrow()))
+    put(ctx, "events", rows)
     found = {f["subject"]: f for f in drift.audit(ctx, NIGHT, 28, 0.25, "", [])}
     assert found["kinds of events"]["passed"] is passes
     assert found["hours of events"]["passed"]

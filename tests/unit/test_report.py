@@ -2,13 +2,12 @@
 
 import datetime as dt
 
-import pyarrow as pa
 import pytest
-from deltalake import write_deltalake
 
 import schemas
 from gr2.errors import MissingInputError
 from spark_jobs import report
+from tests.tables import put
 
 pytestmark = pytest.mark.unit
 
@@ -19,7 +18,7 @@ def test_parts_whose_tables_are_not_built_are_left_out(ctx):
     row = dict.fromkeys(schemas.get("candidates").names()) | {"request_id": "test:u:1", "split": "test", "user_id": "u", "source": "beam"}
     row |= {"model_id": "m", "fit": "refit", "as_of": dt.date(2026, 1, 1), "history_ids": ["x"], "history_days": [1], "slice": "later_day"}
     row |= {"candidate_ids": ["a"], "prior_scores": [0.0], "grades": [1], "night": "none", "target_id": "a", "target_rank": 1}
-    write_deltalake(ctx.table_path("candidates"), pa.Table.from_pylist([row], schema=schemas.get("candidates").arrow()))
+    put(ctx, "candidates", [row])
     report.run(ctx.cfg, ctx)
     page = (ctx.root / "reports" / "index.html").read_text()
     assert page.count("<svg") == 1, "where targets stand when they come in"
