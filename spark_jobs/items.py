@@ -46,10 +46,12 @@ def run(cfg: Config, ctx: Context) -> Result:
         judged.unpersist()
     if published < distinct:
         raise AuditError(f"items: {distinct} items were read, but {published} published: rows were lost")
-    detail = {"reasons": reasons, "unknown_columns": unknown, "without_metadata": published - distinct, "without_text": without_text}
-    ctx.log(f"items: {published - distinct} only in events, {without_text} without text")
-    # bare items were no rows of the metadata: counted here, they would break rows in = out + quarantined + duplicates
-    return Result(rows_in=rows_in, rows_out=distinct, quarantined=rows_in - good, duplicates=good - distinct, detail=detail)
+    without_metadata = published - distinct
+    detail = {"reasons": reasons, "unknown_columns": unknown, "without_metadata": without_metadata, "without_text": without_text}
+    ctx.log(f"items: {without_metadata} only in events, {without_text} without text")
+    # a bare item came in too, by its events: rows in = out + quarantined + duplicates
+    counts = {"rows_in": rows_in + without_metadata, "rows_out": published, "quarantined": rows_in - good, "duplicates": good - distinct}
+    return Result(**counts, detail=detail)
 
 
 def judge(frame: DataFrame, names: tuple[str, ...], loose_price: bool) -> DataFrame:
