@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import rankdata
 
-from benchmarks.stages import gr2, told
+from benchmarks.stages import gr2, header, told
 from gr2.clicks import inverse_weights
 from schemas.lake import Lake
 from scoring.evidence_engine import columns_of, fit, fold_of
@@ -98,7 +98,7 @@ def main() -> None:
     train, test = Lists(root, "rerank", truth), Lists(root, "test", truth)
     true_K = 0.75 ** np.arange(SLATE)
     fitted = train.weights_RN[0]
-    print("\n| slot | " + " | ".join(str(k) for k in range(1, SLATE + 1)) + " |\n| --- |" + " --- |" * SLATE)
+    print(header("clicks", root) + "\n| slot | " + " | ".join(str(k) for k in range(1, SLATE + 1)) + " |\n| --- |" + " --- |" * SLATE)
     print("| looked at | " + " | ".join(f"{v:.3f}" for v in true_K) + " |")
     print("| fitted, at least " + f"{1 / CAP:.2f} | " + " | ".join(f"{1 / w:.3f}" for w in fitted) + " |")
     ways: dict[str, Any] = {

@@ -45,7 +45,8 @@ def resident(root_pid: int) -> float:
     while todo:
         pid = todo.pop()
         with contextlib.suppress(OSError):
-            total += int(re.search(r"^Pss:\s+(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.M)[1]) / 1024
+            shares = re.findall(r"^Pss:\s+(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.M)
+            total += sum(map(int, shares)) / 1024
         todo += [child for child, parent in parents.items() if parent == pid]
     return total
 
@@ -89,7 +90,7 @@ def spark(work: Path, millions: float) -> dict[str, Any]:
     from gr2.config import load
     from gr2.context import Context
 
-    publishing = importlib.import_module("spark_jobs.publish")
+    publishing: Any = importlib.import_module("spark_jobs.publish")
     root = work / f"spark-{millions:g}"
     start = dt.date.fromisoformat(load("demo").simulator.start)
     gates = {"seconds": 0.0}

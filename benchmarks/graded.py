@@ -35,9 +35,10 @@ def orders_of(root: Path, model: str) -> dict[str, Orders]:
     lake = Lake(root)
     logged = lake.read("candidates", ["request_id", "candidate_ids"], split="test").to_pylist()
     listed = {row["request_id"]: row["candidate_ids"] for row in logged}
-    only = {"split": "test", "model_id": resolve(root, model, model).id, "replica": 0}
+    version = resolve(root, model, model).id
+    rows = lake.read("rerank_scores", ["request_id", "mode", "new_order"], split="test", model_id=version, replica=0)
     found: dict[str, Orders] = {}
-    for row in lake.read("rerank_scores", ["request_id", "mode", "new_order"], **only).to_pylist():
+    for row in rows.to_pylist():
         found.setdefault(row["mode"], {})[row["request_id"]] = row["new_order"] or listed[row["request_id"]]
     return found
 
@@ -92,7 +93,7 @@ def main() -> None:
     by_chance = {owner: list(draw.permutation(items)) for owner, items in sorted(log.items())}
     shared = {name: {owner: orders[owner] for owner in judged} for name, orders in results.items()}
     bought = sum(max(grades[owner].values()) > 1 for owner in judged)
-    print(header("graded") + f"\n{len(judged):,} test slates, {bought:,} of them with a purchase\n")
+    print(header("graded", root) + f"\n{len(judged):,} test slates, {bought:,} of them with a purchase\n")
     show({name: values_of(orders, grades, truth) for name, orders in {"by chance": by_chance, LOGGED: log, **shared}.items()})
 
 

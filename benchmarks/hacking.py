@@ -6,7 +6,8 @@ The demo's marketplace, lists from its log (the incoming order is the reading or
 at the middle first). For each layout and way of showing, the stages run up to SFT once; then the student is trained by RL twice, with
 rl.conditional true and false. What its sampled answers do is read from the stored rollouts: copies of either order, Kendall's tau with
 them, how far the first slot is favoured as first choice (1: as chance has it), reward, and N@3 of greedy answers to held-out requests. Only
-prompts whose target was not moved count for copies and tau with the incoming order: where it was, that order is drawn.
+prompts whose target was not moved count for copies and tau with the incoming order: where it was, that order is drawn. The curves of both
+trainings, step by step, stand in ROOT/reports/index.html of each layout and way of showing.
 """
 
 import argparse
@@ -86,19 +87,23 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="such as row/shuffled")
     given = parser.parse_args()
     results: dict[str, list[dict[str, Any]]] = {}
+    roots = []
     for layout, shown in itertools.product(LAYOUTS, SHOWN):
         if given.only and f"{layout}/{shown}" not in given.only:
             continue
         root = given.work.resolve() / f"{layout}-{shown.replace(' ', '-')}"
+        roots.append(root)
         settings = [LAYOUTS[layout], SHOWN[shown], f"rl.student.max_steps={given.steps}"]
         for reward, switch in REWARDS.items():
             done = root / f"{reward}.json"
             if not done.exists():
                 gr2("demo", root, ["run", "--to", "rl"], [*SETTINGS, *settings, switch])
+                for stage in ("rollouts", "report"):
+                    gr2("demo", root, ["stage", stage], [*SETTINGS, *settings, switch])
                 done.write_text(json.dumps(steps_of(root)))
             results[f"{layout}, {shown}, {reward}"] = json.loads(done.read_text())
     keys = [key for key in next(iter(results.values()))[0] if key != "step"]
-    print(header("hacking") + "\n| slots, shown, reward | steps | " + " | ".join(keys) + " |\n| --- | --- |" + " --- |" * len(keys))
+    print(header("hacking", *roots) + "\n| slots, shown, reward | steps | " + " | ".join(keys) + " |\n| --- | --- |" + " --- |" * len(keys))
     for name, found in results.items():
         show(name, found)
 

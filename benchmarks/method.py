@@ -155,12 +155,12 @@ def run(bench: Bench, name: str) -> dict[str, Any]:
     return found
 
 
-def show(results: dict[str, dict[str, Any]]) -> None:
+def show(results: dict[str, dict[str, Any]], root: Path) -> None:
     """The table."""
     from benchmarks.ranking import SHOWN
 
     columns = ("variant", "order", "users", "R@1", "R@3", "N@3", "N@3 over the reference (RL, thinks)", "tokens")
-    print(header("method") + "\n| " + " | ".join(columns) + " |\n|" + " --- |" * len(columns))
+    print(header("method", root) + "\n| " + " | ".join(columns) + " |\n|" + " --- |" * len(columns))
     base = results[REFERENCE]["rl/think/ndcg@3"]
     for name, found in results.items():
         for system in dict.fromkeys(key.rsplit("/", 1)[0] for key in found):
@@ -193,7 +193,7 @@ def main() -> None:
     results = {}
     for name in [REFERENCE, *(n for n in given.only or VARIANTS if n != REFERENCE)]:
         results[name] = run(bench, name)
-        show(results)
+        show(results, bench.root)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.stages import told
+from benchmarks.stages import header, told
 from gr2 import config, metrics
 from gr2.context import Context
 from schemas.candidates import TIMES
@@ -160,17 +160,18 @@ def main() -> None:
     parser.add_argument("--roots", nargs="+", required=True, help="name=ROOT[,ROOT...], one root a seed")
     parser.add_argument("--profile", default="beauty")
     parser.add_argument("--pool", nargs="*", default=[], help="names to pool")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of all runs, such as candidates.n=20")
     given = parser.parse_args()
     sets: dict[str, list[Run]] = {}
     for word in given.roots:
         name, _, roots = word.partition("=")
         if not roots:
             parser.error(f"{word!r}: write name=ROOT[,ROOT...]")
-        sets[name] = [Run(given.profile, Path(root)) for root in roots.split(",")]
+        sets[name] = [Run(given.profile, Path(root), given.set) for root in roots.split(",")]
+    print(header("ranking", *(Path(root) for word in given.roots for root in word.partition("=")[2].split(","))))
     for name, runs in sets.items():
         print(f"\n## {name}\n")
-        for run in runs:
-            print(run.told)
+        print("\n".join(run.told for run in runs))
         prerank(runs)
         rerank(runs)
     if len(given.pool) > 1:

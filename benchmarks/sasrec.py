@@ -215,7 +215,7 @@ def main() -> None:
     rows = data.requests["test"]
     models = [fitted(data.sequences("refit"), list(data.number), epochs, seed, given.minutes) for seed in given.seeds]
     theirs = [data.ranks(model, "test") for model in models]
-    print(f"{header('sasrec')}\n{epochs} epochs, seeds {given.seeds}; pre-rankers: {len(own)}\n")
+    print(f"{header('sasrec', *given.roots)}\n{epochs} epochs, seeds {given.seeds}; pre-rankers: {len(own)}\n")
     print("| slice | metric | SASRec | pre-ranker | difference |\n| --- | --- | --- | --- | --- |")
     for slice_ in ("all", "later_day"):
         inside = np.array([slice_ in ("all", r["slice"]) for r in rows], bool)

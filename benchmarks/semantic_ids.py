@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.stages import SEED, gr2
+from benchmarks.stages import SEED, gr2, header
 
 VARIANTS: dict[str, list[str]] = {
     "rqvae": [],
@@ -127,7 +127,9 @@ def show(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         health = row["health"]
         levels = sorted(key.split()[1] for key in health if key.endswith(" use"))
-        used, bits = (" ".join(f"{health[f'level {n} {what}']:.2f}" for n in levels) for what in ("use", "entropy"))
+        used, bits = (
+            " ".join(f"{health[f'level {n} {what}']:.{digits}f}" for n in levels) for what, digits in (("use", 3), ("entropy", 2))
+        )
         print(
             f"| {row['name']} | {health['learned distinct/items']:.2%} | {used} | {bits} | {row['recall@5']:.4f} "
             f"| {row['recall@10']:.4f} ({row['se']:.4f}) | {row['ndcg@10']:.4f} | {row['seconds'] / 60:.0f} |"
@@ -151,6 +153,7 @@ def main() -> None:
     rows = []
     for name in given.only or chosen:
         rows.append(run(work, name, chosen[name], given.letter, given.seed))
+        print(header("semantic_ids", work / "base"))
         show(rows)
 
 

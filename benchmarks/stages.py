@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from gr2.metrics import bootstrap_mean
+from schemas.lake import Lake
 
 DRAWS, SEED = 2000, 13
 
@@ -26,9 +27,18 @@ def told(values: Sequence[float] | np.ndarray, signed: bool = False) -> str:
     return form.format(*bootstrap_mean(np.asarray(values), DRAWS, SEED))
 
 
-def header(name: str) -> str:
-    """What was run, where, on which commit: the first line of every table."""
+def header(name: str, *roots: Path) -> str:
+    """What was run, where, on which commit, from which versions of which tables: the first lines above every table."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     chip = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"\n{name}: commit {commit or 'unknown'}, {os.cpu_count()} cores of {chip}\n"
+    units = any(line.startswith("flags") and ("avx512_bf16" in line or "amx_bf16" in line) for line in lines)
+    machine = f"{os.cpu_count()} cores of {chip}, {'with' if units else 'without'} bf16 units"
+    return f"\n{name}: commit {commit or 'unknown'}, {machine}\n" + "".join(map(versions, roots))
+
+
+def versions(root: Path) -> str:
+    """A line for a root: its tables, each with the version that is read."""
+    lake = Lake(root)
+    tables = sorted(folder.name for folder in (root / "tables").glob("*") if folder.is_dir())
+    return f"{root.name}: " + ", ".join(f"{table} v{lake.version(table)}" for table in tables) + "\n"
