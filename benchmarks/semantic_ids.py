@@ -65,6 +65,7 @@ def shipped(root: Path, file: Path) -> dict[str, Any]:
     from spark_jobs.publish import publish
     from spark_jobs.session import frame_of
     from training.collisions import separate
+    from validation.sid_health import figures
 
     ctx = Context(load("beauty", [f"paths.root={root}", *SHIPPED_SHAPE]))
     version = ctx.model("tokenizer", "tokenizer").id
@@ -84,7 +85,7 @@ def shipped(root: Path, file: Path) -> dict[str, Any]:
         field = table.schema.field(name)
         table = table.set_column(table.schema.get_field_index(name), field, pa.array(values, type=field.type))
     publish(ctx, "semantic_ids", frame_of(ctx, table), partition={"tokenizer": version})
-    return {"learned distinct/items": len(np.unique(learned_NL, axis=0)) / len(learned_NL)}
+    return figures(learned_NL, codes_NL, np.zeros(len(learned_NL)), 256)
 
 
 def quality(root: Path) -> dict[str, float]:
