@@ -216,18 +216,8 @@ def main() -> None:
     for millions in given.millions:
         row: dict[str, Any] = {}
         for engine in ("raw", "spark", "polars"):
-            words = [
-                sys.executable,
-                "-m",
-                "benchmarks.data_plane",
-                "--work",
-                str(given.work),
-                "--millions",
-                str(millions),
-                "--only",
-                engine,
-            ]
-            done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
+            words = [sys.executable, "-m", "benchmarks.data_plane", "--work", str(given.work), "--millions", str(millions)]
+            done = subprocess.run([*words, "--only", engine], stdout=subprocess.PIPE, text=True, check=True)
             row |= json.loads(done.stdout.splitlines()[-1])
         rows.append(row)
         (given.work / "data_plane.json").write_text(json.dumps(rows))

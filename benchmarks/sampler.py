@@ -27,11 +27,11 @@ LOOK = 8  # tokens after which it is asked whether all rows have ended
 class TorchSampler:
     """What `training.rl.Sampler` needs of an engine."""
 
-    def __init__(self, path: Path | str, settings: Scoring, name: str = "", max_len: int | None = None) -> None:
+    def __init__(self, path: Path | str, settings: Scoring, max_len: int | None = None) -> None:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         model, self.tokenizer = load(path)
         self.model = model.to(self.device, torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32)
-        self.name, self.limit = name, max_len
+        self.limit = max_len
 
     def generate(self, asks: Sequence[Ask]) -> list[Answer]:
         """One answer an ask. Batches are of prompts of like length."""
@@ -104,7 +104,6 @@ class TorchSampler:
             logprobs=tuple(logps[: len(ids)]) if ask.logprobs else (),
             prompt_token_ids=tuple(prompt),
             seconds=seconds,
-            finish="stop" if stopped else "length",
         )
 
 

@@ -33,46 +33,15 @@ VOCABULARY = {
 }
 RING = 8  # types of a department
 BRANDS = (
-    "Kestrel",
-    "Norrland",
-    "Hearth & Vine",
-    "Solace",
-    "Tamarack",
-    "Orbit",
-    "Juniper",
-    "Ferrous",
-    "Blue Anchor",
-    "Maple & Pine",
-    "Lumen",
-)
+    "Kestrel", "Norrland", "Hearth & Vine", "Solace", "Tamarack", "Orbit", "Juniper", "Ferrous", "Blue Anchor", "Maple & Pine", "Lumen",
+)  # fmt: skip
 STYLES = (
-    "Compact",
-    "Classic",
-    "Premium",
-    "Ultralight",
-    "Everyday",
-    "Professional",
-    "Travel",
-    "Eco",
-    "Heritage",
-    "Smart",
-    "Soft",
-    "Signature",
-)
+    "Compact", "Classic", "Premium", "Ultralight", "Everyday", "Professional", "Travel", "Eco", "Heritage", "Smart", "Soft", "Signature",
+)  # fmt: skip
 VARIANTS = (
-    "Matte Black",
-    "Ivory",
-    "Forest Green",
-    "Small",
-    "Large",
-    "Set of 2",
-    "Graphite",
-    "Sand",
-    "Limited Edition",
-    "Refill",
-    "Navy",
+    "Matte Black", "Ivory", "Forest Green", "Small", "Large", "Set of 2", "Graphite", "Sand", "Limited Edition", "Refill", "Navy",
     "Copper",
-)
+)  # fmt: skip
 
 TYPES = [
     (department, *(part.strip() for part in row.replace(":", ",").split(",")))

@@ -68,24 +68,10 @@ def kendall_tau(order_a: Sequence[Hashable], order_b: Sequence[Hashable]) -> flo
     return float(signs.mean())
 
 
-def paired_bootstrap(
-    values_a: ArrayLike, values_b: ArrayLike, n: int, seed: int, level: float = 0.95, users_B: ArrayLike | None = None
-) -> tuple[float, float, float]:
-    """(mean of a - b, low, high): percentile bootstrap over requests, or over `users_B`, the same for both. NaN for no request.
-
-    Raises ValueError if the two are not of the same requests (unequal lengths).
-    """
-    a, b = np.asarray(values_a, dtype=np.float64), np.asarray(values_b, dtype=np.float64)
-    if a.shape != b.shape:
-        raise ValueError(f"a paired comparison needs the same requests on both sides: {a.shape} against {b.shape}")
-    return bootstrap_mean(a - b, n, seed, level, users_B)
-
-
-def bootstrap_mean(
-    values_B: ArrayLike, n: int, seed: int, level: float = 0.95, users_B: ArrayLike | None = None
-) -> tuple[float, float, float]:
+def bootstrap_mean(values_B: ArrayLike, n: int, seed: int, users_B: ArrayLike | None = None) -> tuple[float, float, float]:
     """(mean, low, high) of a percentile bootstrap with n resamples: of requests, or of whole users where `users_B` names each one's.
 
+    Values that are differences of two systems on the same requests give the paired interval at 95 %. NaN for no request.
     Requests of one user are alike, so drawing them one by one would make the interval too narrow: a user is drawn with the sum and the
     count of its values, and a resample's mean is the ratio of sums. Metrics of short lists take few distinct values, so the resamples are
     drawn as counts of distinct values: the same distribution as drawing one by one, at a cost that hardly grows with B.
@@ -106,7 +92,7 @@ def bootstrap_mean(
     share, size = counts / counts.sum(), max(1, 4_000_000 // len(distinct))  # draws at once: bounded memory for continuous values
     drawn = (generator.multinomial(counts.sum(), share, size=min(size, n - start)) for start in range(0, n, size))
     means = np.concatenate([some @ sums / (some @ sizes) for some in drawn])
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(means, [0.025, 0.975])
     return float(found.mean()), float(low), float(high)
 
 

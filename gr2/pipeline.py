@@ -7,14 +7,14 @@ import importlib
 import json
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from gr2 import PROJECT, artifacts, lineage
 from gr2.config import Config, Training
-from gr2.context import Context, Result, result_json
+from gr2.context import Context, Result
 from gr2.errors import ConfigError, MissingInputError
 from gr2.prompts import load_template
 
@@ -291,7 +291,7 @@ def execute(stage: Stage, cfg: Config, ctx: Context, print_: str) -> Result:
             "seconds": time.monotonic() - started,
             "peak_mib": _peak_mib(),
             "models": sorted(made),
-            **result_json(result),
+            **asdict(result),
         },
     )
     for model, digest in () if ctx.date else made.items():  # a night keeps the models of the promoted release

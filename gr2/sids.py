@@ -6,7 +6,6 @@ An item's ID is one code a level. Level 0 has the letter a, level 1 the letter b
 Shapes: N items, L levels, B nodes (beams), K codes of a level.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +18,6 @@ from gr2.errors import InputError
 
 LETTERS = "abcdefghij"
 MAX_LEVELS = len(LETTERS)
-_TOKEN = re.compile(r"<([a-j])_(0|[1-9][0-9]*)>")
 
 Ints = NDArray[np.int64]
 
@@ -41,15 +39,6 @@ def to_text(codes: Sequence[int]) -> str:
     if len(codes) == 0:
         raise ValueError("an item has at least one code")
     return "".join(token(level, int(code)) for level, code in enumerate(codes))
-
-
-def from_text(text: str) -> tuple[int, ...]:
-    """Codes of a written ID, strictly: all of the text is one ID, letters in order from a, no leading zeros. Raises ValueError."""
-    parts = _TOKEN.findall(text)
-    codes = tuple(int(code) for _, code in parts)
-    if not parts or to_text(codes) != text:
-        raise ValueError(f"{text[:80]!r} is not a semantic ID such as <a_12><b_240>")
-    return codes
 
 
 def live_codes(ctx: Context) -> tuple[list[str], Ints]:

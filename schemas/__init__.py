@@ -7,35 +7,13 @@ import importlib
 
 from schemas.base import Column, Table
 
+# in the order of the flow
 NAMES = (
-    "events",
-    "quarantine",
-    "items",
-    "interactions",
-    "histories",
-    "impressions",
-    "pair_days",
-    "item_pairs",
-    "item_stats",
-    "item_embeddings",
-    "semantic_ids",
-    "midtrain_examples",
-    "candidates",
-    "candidate_features",
-    "program_lists",
-    "reasoning_traces",
-    "sft_examples",
-    "rl_prompts",
-    "rollouts",
-    "item_latents",
-    "distill_examples",
-    "rerank_scores",
-    "baselines",
-    "metrics",
-    "audits",
-    "releases",
-    "stage_runs",
-)  # in the order of the flow
+    "events", "quarantine", "items", "interactions", "histories", "impressions", "pair_days", "item_pairs", "item_stats",
+    "item_embeddings", "semantic_ids", "midtrain_examples", "candidates", "candidate_features", "program_lists", "reasoning_traces",
+    "sft_examples", "rl_prompts", "rollouts", "item_latents", "distill_examples", "rerank_scores", "baselines", "metrics", "audits",
+    "releases", "stage_runs",
+)  # fmt: skip
 
 
 def get(name: str) -> Table:

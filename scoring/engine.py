@@ -21,9 +21,9 @@ class Ask:
     """One request. `prompt` is the whole text that the model goes on from (chat template and prefill included).
 
     `messages`: the same as chat messages, for services that apply the template themselves. `view`, `target` (an item id; targeted mode
-    only) and `user` are the request as data: only a program reads them. `top_p` 1 samples from the model's own distribution. `logprobs`:
-    the answer's tokens come with theirs, which costs time. `labels` force the form of what a model writes (vLLM only): a list of as many
-    labels, each one of these, after a thought of at most `thought` tokens (0: none); that none comes twice cannot be forced.
+    only) and `user` are the request as data: only a program reads them. `logprobs`: the answer's tokens come with theirs, which costs
+    time. `labels` force the form of what a model writes (vLLM only): a list of as many labels, each one of these, after a thought of at
+    most `thought` tokens (0: none); that none comes twice cannot be forced.
     """
 
     key: str
@@ -31,8 +31,6 @@ class Ask:
     max_tokens: int
     temperature: float
     seed: int
-    top_p: float = 1.0
-    stop: tuple[str, ...] = ()
     view: View | None = None
     target: str | None = None
     user: str = ""
@@ -44,7 +42,7 @@ class Ask:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back. `error` is empty where generation succeeded; `finish`: "stop", or "length" where max_tokens cut the text.
+    """What came back. `error` is empty where generation succeeded.
 
     `token_ids`: the end token included; empty for engines that have no tokens of their own. `logprobs`: log-probability of each under the
     distribution sampled from, where asked for. `seconds`: its share of the wall time. `cost`: in the service's currency.
@@ -58,18 +56,12 @@ class Answer:
     logprobs: tuple[float, ...] = ()
     prompt_token_ids: tuple[int, ...] = ()
     seconds: float = 0.0
-    finish: str = "stop"
     cost: float = 0.0
     error: str = ""
 
 
 class Engine(Protocol):
     """What traces, scoring and RL rollouts generate with."""
-
-    @property
-    def name(self) -> str:
-        """Kind and model, such as vllm:rl@ab12 or evidence:3."""
-        ...
 
     def generate(self, asks: Sequence[Ask]) -> list[Answer]:
         """One answer an ask, in the same order. Raises EngineError only where the engine as a whole failed."""
@@ -90,4 +82,4 @@ class Engine(Protocol):
 def failed(ask: Ask, error: BaseException | str, seconds: float = 0.0) -> Answer:
     """The answer of a request that failed: its error in one line of at most 300 characters."""
     text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
-    return Answer(ask.key, seconds=seconds, finish="error", error=" ".join(text.split())[:300] or "unknown error")
+    return Answer(ask.key, seconds=seconds, error=" ".join(text.split())[:300] or "unknown error")

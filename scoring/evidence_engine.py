@@ -185,9 +185,8 @@ class EvidenceEngine:
     `template`: whose words a rationale may use. `ordered`: how many candidates it puts in order; the others keep their incoming places.
     """
 
-    def __init__(self, program: Program, template: Template, name: str = NAME, ordered: int = 1) -> None:
-        self.name, self._ordered = name, ordered
-        self._program, self._template = program, template
+    def __init__(self, program: Program, template: Template, ordered: int = 1) -> None:
+        self._program, self._template, self._ordered = program, template, ordered
         self._cited = design(np.zeros((1, 1, len(columns_of()))), np.ones((1, 1), dtype=bool))[1]
 
     def generate(self, asks: Sequence[Ask]) -> list[Answer]:

@@ -71,21 +71,21 @@ def build_vocabulary(texts: Iterable[str], size: int, sid_tokens: list[str], fol
         clean_up_tokenization_spaces=False,
         model_max_length=MAX_POSITIONS,
     )
-    check_labels(tokenizer)
+    label_ids(tokenizer)  # or raises
     tokenizer.save_pretrained(folder)
     return tokenizer
 
 
 def grow_vocabulary(base: str, sid_tokens: list[str]) -> Any:
     """The tokenizer of a Hugging Face model with the SID tokens (and the thought's tags) added. Raises ModelError."""
-    tokenizer = _tokenizer(base)
+    tokenizer = load_tokenizer(base)
     missing = [token for token in (THINK, END_THINK, *sid_tokens) if token not in tokenizer.get_vocab()]
     tokenizer.add_tokens(missing)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.chat_template is None:
         raise ModelError(f"{base} has no chat template: take an instruction-tuned base")
-    check_labels(tokenizer)
+    label_ids(tokenizer)  # or raises
     return tokenizer
 
 
@@ -117,11 +117,6 @@ def label_ids(tokenizer: Any, labels: Sequence[str] = LABELS) -> list[int]:
     if len(set(ids)) != len(ids):
         raise ModelError("two labels share a token")
     return ids
-
-
-def check_labels(tokenizer: Any) -> None:
-    """Raises ModelError unless every label is one token wherever prompts and answers write it."""
-    label_ids(tokenizer)
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
@@ -270,18 +265,13 @@ def load(path: Path | str, dropout: float = 0.0) -> tuple[Any, Any]:
     return model.eval(), tokenizer
 
 
-def load_tokenizer(path: Path | str) -> Any:
-    """The vocabulary alone, for stages that render prompts and run no model. Raises ModelError."""
-    return _tokenizer(str(path))
-
-
 def checked(path: Path | str) -> Any:
     """The tokenizer of a model that may be loaded, by whatever engine. Raises ModelError as `load` does."""
     from transformers import AutoConfig
 
     if Path(path).is_dir():  # else a Hugging Face id: `use_safetensors` holds there too
         _check_folder(Path(path))
-    tokenizer = _tokenizer(str(path))
+    tokenizer = load_tokenizer(path)
     try:
         rows = AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config().vocab_size
     except (OSError, ValueError) as error:
@@ -323,7 +313,8 @@ def _pretrained(path: str) -> Any:
         raise ModelError(f"no causal language model can be loaded from {path}: {error}") from None
 
 
-def _tokenizer(path: str) -> Any:
+def load_tokenizer(path: Path | str) -> Any:
+    """The vocabulary alone, for stages that render prompts and run no model. Raises ModelError."""
     from transformers import AutoTokenizer
 
     try:

@@ -39,7 +39,6 @@ class OpenAIEngine:
             raise ConfigError("traces.model: name the service's model")
         self._key = key or SecretStr(os.environ.get(KEY, ""))
         self._settings = settings
-        self.name = f"openai:{settings.model}"
         secret = self._key.get_secret_value() or "none"  # local services take any
         self._lock, self._next = threading.Lock(), 0.0
         self._client = OpenAI(
@@ -90,9 +89,8 @@ class OpenAIEngine:
                 messages=messages,
                 max_tokens=ask.max_tokens,
                 temperature=ask.temperature,
-                top_p=ask.top_p,
+                top_p=1.0,
                 seed=ask.seed,
-                stop=list(ask.stop) or None,
             )
             return self._answer(ask, reply, time.monotonic() - started)
         except (AuthenticationError, PermissionDeniedError, NotFoundError) as error:
@@ -116,7 +114,6 @@ class OpenAIEngine:
             prompt_tokens=read,
             completion_tokens=written,
             seconds=seconds,
-            finish=str(getattr(choices[0], "finish_reason", "") or "stop"),
             cost=price / PER_MILLION,
         )
 

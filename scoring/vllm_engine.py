@@ -1,10 +1,10 @@
 """vLLM in this process: batched generation, label scoring, and weights that follow a trainer.
 
-    engine = VLLMEngine(artifact.path, cfg.scoring, name=f"vllm:{artifact.id}")
+    engine = VLLMEngine(artifact.path, cfg.scoring)
 
 The engine lives in the caller's process (no worker processes: a start takes seconds, and weights can be pushed). It makes
 `torch.set_num_threads` a no-op there, so set threads before. Nothing of a generation config is used: what an Ask does not say is vLLM's
-own neutral default. Log-probabilities are of the distribution that was sampled from: after temperature and top-p. Prompts may hold marks of
+own neutral default. Log-probabilities are of the distribution that was sampled from: after temperature. Prompts may hold marks of
 items (`scoring.compressed`): give their vectors as `engine.vectors` first.
 
 Shapes: B prompts, T tokens, D hidden size, Y labels.
@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 from gr2.config import Scoring
+from gr2.environment import set_defaults
 from gr2.errors import ConfigError, EngineError, ModelError
 from gr2.prompts import ANSWER_CLOSE, ANSWER_OPEN, ANSWER_SEPARATOR, END_THINK, THINK
 from scoring.compressed import Vectors, encode_marked
@@ -40,8 +41,9 @@ class VLLMEngine:
     Raises EngineError where vLLM is not installed or the model cannot be served, ModelError for labels that are not single tokens.
     """
 
-    def __init__(self, path: Path | str, settings: Scoring, name: str = "", max_len: int | None = None, seed: int = 0) -> None:
-        _environment(settings)
+    def __init__(self, path: Path | str, settings: Scoring, max_len: int | None = None) -> None:
+        set_defaults()
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(settings.kv_cache_gib))
         try:
             from vllm import LLM
             from vllm.exceptions import VLLMError
@@ -49,13 +51,12 @@ class VLLMEngine:
             raise EngineError(f"vLLM cannot be imported ({error}): install the extra `cpu` or `gpu`") from None
         machine = _machine(settings)
         checked(path)
-        self.name = name or f"vllm:{Path(path).name}"
         self.vectors: Vectors | None = None
         try:
             self._llm = LLM(
                 model=str(path),
                 dtype=settings.dtype,
-                seed=seed,
+                seed=0,
                 max_model_len=max_len,
                 enable_prefix_caching=True,
                 enable_chunked_prefill=False,  # a prompt read in parts rewinds its seeded generator, which the CPU's cannot
@@ -132,7 +133,7 @@ class VLLMEngine:
         if not self._llm.reset_prefix_cache():
             raise EngineError("the prefix cache could not be emptied after new weights: requests are still running")
 
-    def load_weights(self, path: Path | str, name: str = "") -> None:
+    def load_weights(self, path: Path | str) -> None:
         """Becomes another model of the same architecture and vocabulary, in a fraction of a start. Raises ModelError where they differ."""
         if self._several:
             raise ModelError("weights are pushed within one process: with scoring.tensor_parallel a model has an engine of its own")
@@ -145,7 +146,6 @@ class VLLMEngine:
         ):
             raise ModelError(f"{path} has another architecture than the engine's model")
         self.push_weights(model)
-        self.name = name or f"vllm:{Path(path).name}"
 
     def close(self) -> None:
         """Gives the model and its cache back."""
@@ -204,10 +204,7 @@ class VLLMEngine:
         return SamplingParams(
             max_tokens=ask.max_tokens,
             temperature=ask.temperature,
-            top_p=ask.top_p,
             seed=ask.seed,
-            stop=list(ask.stop) or None,
-            include_stop_str_in_output=True,
             logprobs=0 if ask.logprobs else None,  # of the sampled token only
             skip_special_tokens=True,
             spaces_between_special_tokens=False,
@@ -231,21 +228,6 @@ class VLLMEngine:
         if key not in self._labels:
             self._labels[key] = label_ids(self._tokenizer, labels)
         return self._labels[key]
-
-
-def _environment(settings: Scoring) -> None:
-    """What vLLM reads when it is imported; what the user set is kept."""
-    defaults = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_KVCACHE_SPACE": str(settings.kv_cache_gib),
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "HF_HUB_OFFLINE": "1",
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
 
 
 def _on_gpu() -> bool:
@@ -273,7 +255,6 @@ def _answer(ask: Ask, output: Any, seconds: float) -> Answer:
         logprobs=tuple(step[token].logprob for step, token in zip(made.logprobs, ids, strict=True)) if made.logprobs else (),
         prompt_token_ids=tuple(output.prompt_token_ids),
         seconds=seconds,
-        finish=str(made.finish_reason),
     )
 
 

@@ -72,7 +72,7 @@ def engine_for(spec: Spec, cfg: Config) -> Engine:
     elif spec.program is None or spec.template is None:
         raise EngineError("an evidence spec holds its program and template")
     else:
-        engine = EvidenceEngine(spec.program, spec.template, spec.name, cfg.traces.ordered)
+        engine = EvidenceEngine(spec.program, spec.template, cfg.traces.ordered)
     _OPEN[spec.name] = engine
     return engine
 
@@ -84,12 +84,12 @@ def _vllm(spec: Spec, cfg: Config) -> Engine:
         if isinstance(engine, VLLMEngine):
             del _OPEN[name]
             try:
-                engine.load_weights(spec.path, spec.name)
+                engine.load_weights(spec.path)
                 return engine
             except ModelError:  # of another size or vocabulary
                 engine.close()
     _STARTED.append(spec.name)
-    return VLLMEngine(spec.path, cfg.scoring, spec.name)
+    return VLLMEngine(spec.path, cfg.scoring)
 
 
 @contextlib.contextmanager

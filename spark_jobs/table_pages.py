@@ -1,13 +1,12 @@
 """A page for each table: grain, key, columns, laws, rows, and what questions of docs/queries.md it answers. Not a stage."""
 
-import os
 import re
-from pathlib import Path
 
 import jinja2
 
 import schemas
 from gr2 import PROJECT
+from gr2.artifacts import write_whole
 from gr2.context import Context
 from gr2.pipeline import builder_of
 from schemas.lake import dataset_of
@@ -19,18 +18,12 @@ def questions() -> list[tuple[str, str]]:
     return re.findall(r"^### \d+\. ([^\n]+)\n[^#]*?^```sql\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
 
 
-def write_page(path: Path, page: str) -> None:
-    """Puts a page in its place whole: whoever has the old one open never sees half of the new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}")
-    draft.write_text(page)
-    os.replace(draft, path)
-
-
 def write(ctx: Context, environment: jinja2.Environment) -> list[str]:
     """Writes root/reports/tables/<name>.html for each table that exists; returns their names."""
     template, asked = environment.get_template("table.html.jinja"), questions()
     names = [name for name in schemas.NAMES if ctx.lake.exists(name)]
+    folder = ctx.root / "reports" / "tables"
+    folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         opened = ctx.lake.open(name)
         page = template.render(
@@ -38,5 +31,5 @@ def write(ctx: Context, environment: jinja2.Environment) -> list[str]:
             stage=builder_of(name), profile=ctx.cfg.profile,
             questions=[(question, query) for question, query in asked if re.search(rf"\b(FROM|JOIN) {name}\b", query)],
         )  # fmt: skip
-        write_page(ctx.root / "reports" / "tables" / f"{name}.html", page)
+        write_whole(folder / f"{name}.html", page)
     return names

@@ -193,7 +193,7 @@ class Engine:
         if self.average:
             self.average.copy_to(self.model)
         if self.tuner is not None:
-            lora.merge(self.tuner)
+            self.tuner.merge_and_unload()
         self.model.eval()
         del self.deepspeed, self.optimizer
         gc.collect()

@@ -1,6 +1,6 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685) by peft, put into a model in place: its body, head and names stay where trainers seek them.
 
-    tuner = adapt(model, Lora(rank=8), seed=13);  ...train what requires a gradient...;  merge(tuner)
+    tuner = adapt(model, Lora(rank=8), seed=13);  ...train what requires a gradient...;  tuner.merge_and_unload()
 
 After `merge` the model is what it was before, with other weights: a plain Hugging Face folder when saved.
 """
@@ -38,8 +38,3 @@ def adapt(model: Any, settings: Lora, seed: int) -> Any:
         for table in (model.get_input_embeddings(), model.get_output_embeddings()):
             table.weight.requires_grad_(True)
     return tuner
-
-
-def merge(tuner: Any) -> None:
-    """Adds the adapters to the weights they belong to, and takes them out of the model."""
-    tuner.merge_and_unload()

@@ -11,7 +11,7 @@ rollouts of both, as the stage `rl` does, with the same guarantees for reruns an
 
 from gr2.config import Config
 from gr2.context import Context, Result
-from training.rl import Plan, add, optimise
+from training.rl import Plan, optimise
 
 
 def run(cfg: Config, ctx: Context) -> Result:
@@ -23,5 +23,5 @@ def run(cfg: Config, ctx: Context) -> Result:
     student, teacher = ctx.model("sft", "sft"), ctx.model("rl-teacher", "rl")
     result = Result(rows_in=ctx.lake.read("rl_prompts", ["prompt_id"]).num_rows)
     for name, weight in (("opd", 0.0), ("opd+rl", cfg.opd.rl_weight)):
-        add(result, optimise(cfg, ctx, Plan(name, student, cfg.opd.train, rank_weight=weight, teacher=teacher)))
+        optimise(cfg, ctx, Plan(name, student, cfg.opd.train, rank_weight=weight, teacher=teacher), result)
     return result

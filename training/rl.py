@@ -48,7 +48,7 @@ def run(cfg: Config, ctx: Context) -> Result:
     start = cfg.rl.start
     plans = (("rl-teacher", f"{start}-teacher", cfg.rl.teacher), ("rl", start, cfg.rl.student))
     for name, base, settings in plans if cfg.models.teacher else plans[1:]:
-        add(result, optimise(cfg, ctx, Plan(name, ctx.model(base, start), settings)))
+        optimise(cfg, ctx, Plan(name, ctx.model(base, start), settings), result)
     return result
 
 
@@ -68,28 +68,8 @@ class Plan:
         return "opd" if self.teacher else "rl"
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a training came to."""
-
-    name: str
-    run: str
-    rollouts: int
-    tokens: int
-    best_step: int
-    first: dict[str, float]
-    best: dict[str, float]
-
-
-def add(result: Result, outcome: Outcome) -> None:
-    """Sums a training into a stage's result."""
-    result.rows_out += outcome.rollouts
-    result.tokens += outcome.tokens
-    result.detail[outcome.name] = {"run": outcome.run, "best_step": outcome.best_step, "before": outcome.first, "after": outcome.best}
-
-
-def optimise(cfg: Config, ctx: Context, plan: Plan) -> Outcome:
-    """Samples, trains, validates, and publishes the best model under the plan's name."""
+def optimise(cfg: Config, ctx: Context, plan: Plan, result: Result) -> None:
+    """Samples, trains, validates, and publishes the best model under the plan's name. `result` is told what it came to."""
     model, tokenizer = load(plan.start.path)
     drawn = max(1, plan.settings.max_steps) * cfg.rl.prompts_per_step * (1 + cfg.rl.max_refills)
     tasks, held_out = samples.read_tasks(ctx, "rerank", drawn), samples.read_tasks(ctx, "valid", cfg.rl.validate_requests)
@@ -110,9 +90,12 @@ def optimise(cfg: Config, ctx: Context, plan: Plan) -> Outcome:
         policy = Policy(cfg, ctx, plan, run_id, model, teacher, folder / "metrics.jsonl")
         policy.train(Deck(tasks, cfg.seed), held_out)
         save(model, tokenizer, folder)
-        manifest |= {"best_step": policy.best_step, "valid": {"before": policy.valid[0], "after": policy.valid[policy.best_step]}}
-    ctx.log(f"{run_id}: best at step {policy.best_step}: {_shown(policy.valid[policy.best_step])}; started from {_shown(policy.valid[0])}")
-    return Outcome(plan.name, run_id, policy.rollouts, policy.tokens, policy.best_step, policy.valid[0], policy.valid[policy.best_step])
+        before, after = policy.valid[0], policy.valid[policy.best_step]
+        manifest |= {"best_step": policy.best_step, "valid": {"before": before, "after": after}}
+    ctx.log(f"{run_id}: best at step {policy.best_step}: {_shown(after)}; started from {_shown(before)}")
+    result.rows_out += policy.rollouts
+    result.tokens += policy.tokens
+    result.detail[plan.name] = {"run": run_id, "best_step": policy.best_step, "before": before, "after": after}
 
 
 def check_vocabularies(student: Any, teacher: Any, plan: Plan) -> None:
@@ -219,8 +202,6 @@ class Policy:
 class Sampler:
     """vLLM in this process, started when first asked, holding the trainer's current weights whenever it answers."""
 
-    name = "policy"
-
     def __init__(self, cfg: Config, start: artifacts.Artifact, trainer: Engine) -> None:
         self.cfg, self.start, self.trainer = cfg, start, trainer
         self.engine: VLLMEngine | None = None
@@ -230,7 +211,7 @@ class Sampler:
         """Answers of the current policy."""
         if self.engine is None:
             longest = self.cfg.prompt.max_prompt_tokens + samples.limit_of(self.cfg.prompt, self.cfg.rl.mode) + 8
-            self.engine = VLLMEngine(self.start.path, self.cfg.scoring, name=self.start.id, max_len=longest)
+            self.engine = VLLMEngine(self.start.path, self.cfg.scoring, longest)
         if self.stale:
             with whole(self.trainer):
                 self.engine.push_weights(self.trainer.model)

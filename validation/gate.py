@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from gr2.config import Config
 from gr2.context import Context
 from gr2.draws import by_hash
-from gr2.metrics import paired_bootstrap, values
+from gr2.metrics import bootstrap_mean, values
 from schemas.candidates import EXPERIMENT
 from schemas.lake import Lake
 from validation.findings import Finding, finding
@@ -54,7 +54,7 @@ def compare(cfg: Config, ctx: Context) -> Finding | None:
         return finding("gate", subject, None, low=cfg.release.min_gain, detail=f"{refusal}; release.gate=false promotes")
     before, after = (values(cfg.release.metric, [side[key].rank for key in common]) for side in (was, became))
     users = [became[key].user for key in common]
-    gain, low, high = paired_bootstrap(after, before, cfg.evaluation.bootstrap, cfg.seed, users_B=users)
+    gain, low, high = bootstrap_mean(after - before, cfg.evaluation.bootstrap, cfg.seed, users_B=users)
     detail = f"{names[1]} less {names[0]}, paired 95 % interval [{low:+.4f}, {high:+.4f}]; {before.mean():.4f} before"
     return finding("gate", subject, gain, low=cfg.release.min_gain, detail=detail)
 

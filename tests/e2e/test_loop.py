@@ -16,18 +16,13 @@ import torch
 from gr2 import PROJECT
 from gr2.config import Training
 from gr2.errors import ConfigError, ModelError
-from scoring.model import build_model, build_vocabulary, load, save
+from scoring.model import build_model, load, save
 from tests.e2e.loop_world import FAST, TINY, Stop, examples, loss_fn, run, same_weights, stop_after
 from training import checkpoints
 from training.data import Batch, pack, to_batch
 from training.loop import Engine, learned_states, state_logprobs, token_logprobs
 
 pytestmark = pytest.mark.e2e
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return build_vocabulary(["some words to learn"] * 3, 280, [], tmp_path_factory.mktemp("vocabulary"))
 
 
 def test_packed_logprobs_equal_separate_runs(tokenizer: Any) -> None:

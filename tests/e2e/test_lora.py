@@ -12,7 +12,7 @@ import torch
 from gr2.config import Training, load
 from gr2.errors import ConfigError, EnvironmentProblem
 from gr2.sections import Lora
-from scoring.model import build_model, build_vocabulary, save
+from scoring.model import build_model, save
 from tests.e2e.loop_world import FAST, TINY, Stop, examples, loss_fn, run, same_weights, stop_after
 from training import checkpoints
 from training.data import batches, pack
@@ -21,11 +21,6 @@ from training.loop import Engine
 pytestmark = pytest.mark.e2e
 ADAPTER = Lora(rank=4, alpha=8)
 SETTINGS = FAST.model_copy(update={"lora": ADAPTER, "max_steps": 20})
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return build_vocabulary(["some words to learn"] * 3, 280, [], tmp_path_factory.mktemp("vocabulary"))
 
 
 def copy_of(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -22,7 +22,6 @@ from scoring.model import (
     build_model,
     build_vocabulary,
     check_items,
-    check_labels,
     encode,
     grow_vocabulary,
     label_ids,
@@ -91,7 +90,7 @@ def test_a_vocabulary_that_merges_labels_is_refused(vocabulary: Any, tmp_path: P
     from transformers import AutoTokenizer
 
     with pytest.raises(ModelError, match="label 'C' is not a token of its own"):
-        check_labels(AutoTokenizer.from_pretrained(tmp_path))
+        label_ids(AutoTokenizer.from_pretrained(tmp_path))
 
 
 def test_model_has_the_asked_shape_and_like_codes_start_alike(vocabulary: Any) -> None:

@@ -9,18 +9,13 @@ import torch
 
 from benchmarks.training import one_a_row
 from gr2.config import Training
-from scoring.model import build_model, build_vocabulary
+from scoring.model import build_model
 from tests.e2e.loop_world import FAST, TINY, examples, loss_fn
 from training import optimizers
 from training.data import batches, pack, to_batch
 from training.loop import Engine, learning_rate
 
 pytestmark = pytest.mark.e2e
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return build_vocabulary(["some words to learn"] * 3, 280, [], tmp_path_factory.mktemp("vocabulary"))
 
 
 @pytest.mark.parametrize(("schedule", "middle", "end"), [("cosine", 0.55, 0.1), ("linear", 0.55, 0.11), ("constant", 1.0, 1.0)])

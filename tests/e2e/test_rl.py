@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from gr2.context import Result
 from gr2.errors import EngineError, InputError
 from gr2.prompts import format_answer
 from scoring.engine import Answer
@@ -202,8 +203,9 @@ def test_rl_trains_repeats_and_survives_a_kill(make_ctx):
     (folder / "step-00003.arrow").unlink()  # killed while the third step was sampled
     (folder / "valid-00003.json").unlink()
     plan = rl.Plan("rl", ctx.model("sft", "sft"), ctx.cfg.rl.student)
-    again = rl.optimise(ctx.cfg, ctx, plan)
-    assert again.run == outcome["run"]
+    again = Result()
+    rl.optimise(ctx.cfg, ctx, plan, again)
+    assert again.detail["rl"]["run"] == outcome["run"]
     assert rollouts.load(folder / "step-00002.arrow") == stored
     repeated = [json.loads(line) for line in (ctx.model("rl", "rl").path / "metrics.jsonl").read_text().splitlines()]
     for name in ("loss", "grad_norm", "reward", "valid_ndcg3"):

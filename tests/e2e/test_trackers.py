@@ -11,16 +11,10 @@ import pytest
 from gr2.config import load
 from gr2.context import Context
 from gr2.errors import EnvironmentProblem
-from scoring.model import build_vocabulary
 from tests.e2e.loop_world import FAST, Stop, run, stop_after
 from training.trackers import open_tracker
 
 pytestmark = pytest.mark.e2e
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return build_vocabulary(["some words to learn"] * 3, 280, [], tmp_path_factory.mktemp("vocabulary"))
 
 
 def context(root: Path, kind: str) -> Context:

@@ -1,6 +1,5 @@
 """The engine on a tiny real model: sampling, label scores, failures one by one, and weights that follow a trainer."""
 
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,7 +40,7 @@ def engine(folder: Path) -> Iterator[Any]:
     """One engine for the file: a start takes many seconds."""
     from scoring.vllm_engine import VLLMEngine
 
-    made = VLLMEngine(folder, Scoring(kv_cache_gib=1), name="vllm:tiny", max_len=256)
+    made = VLLMEngine(folder, Scoring(kv_cache_gib=1), max_len=256)
     yield made
     made.close()
 
@@ -72,7 +71,7 @@ def test_samples_carry_their_own_log_probabilities_and_no_default_of_the_model(e
     answers = engine.generate([ask(i, temperature=t) for i, t in enumerate((1.0, 1.0, 0.5, 2.0))])
     for answer, temperature in zip(answers, (1.0, 1.0, 0.5, 2.0), strict=True):
         assert not answer.error
-        assert answer.completion_tokens == len(answer.token_ids) == 12 or answer.finish == "stop"
+        assert answer.completion_tokens == len(answer.token_ids) == 12 or answer.token_ids[-1] == tokenizer.eos_token_id
         assert answer.prompt_token_ids == tuple(encode(tokenizer, PROMPTS[int(answer.key)]))
         wanted = exact(model, list(answer.prompt_token_ids), list(answer.token_ids), temperature)
         np.testing.assert_allclose(answer.logprobs, wanted, atol=2e-4)
@@ -141,7 +140,7 @@ def test_gpu_settings_are_refused_on_a_cpu(folder: Path) -> None:
 
 
 def test_poisoned_prompts_fail_alone(engine: Any) -> None:
-    bad = [ask(1, prompt=""), ask(2, prompt="word " * 400), ask(3, max_tokens=300), ask(4, top_p=-1.0)]
+    bad = [ask(1, prompt=""), ask(2, prompt="word " * 400), ask(3, max_tokens=300), ask(4, temperature=-1.0)]
     answers = engine.generate([ask(0), *bad, ask(5)])
     assert [bool(a.error) for a in answers] == [False, True, True, True, True, False]
     assert "empty" in answers[1].error
@@ -190,15 +189,9 @@ def test_pushed_weights_are_used_everywhere(engine: Any, folder: Path, tmp_path:
         answer = engine.generate([ask(0)])[0]
         np.testing.assert_allclose(answer.logprobs, exact(model, list(answer.prompt_token_ids), list(answer.token_ids)), atol=5e-4)
     assert np.abs(engine.label_logprobs(PROMPTS, LABELS) - before).max() > 0.01
-    engine.load_weights(folder, "vllm:again")
+    engine.load_weights(folder)
     np.testing.assert_allclose(engine.label_logprobs(PROMPTS, LABELS), before, atol=5e-4)
-    assert engine.name == "vllm:again"
     other = build_model(SIZE.model_copy(update={"layers": 1}), tokenizer, None, seed=1)
     save(other, tokenizer, tmp_path / "other")
     with pytest.raises(ModelError, match="architecture"):
         engine.load_weights(tmp_path / "other")
-
-
-def test_the_engine_runs_in_this_process(engine: Any) -> None:
-    assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
-    assert engine.tokenizer.get_vocab()["<think>"] > 0

@@ -26,8 +26,6 @@ SETTINGS += ["prompt.max_answer_tokens=24"]
 class Script:
     """An engine with answers by heart, which keeps what it was asked."""
 
-    name = "script"
-
     def __init__(self, texts: dict[str, str]) -> None:
         self.texts, self.contexts = texts, []
 

@@ -1,9 +1,10 @@
 """The catalogue: text as people would read it, bad rows refused, no item of the events forgotten."""
 
+from dataclasses import asdict
+
 import pytest
 from event_world import event_table, write
 
-from gr2.context import result_json
 from gr2.errors import InputError
 from gr2.pipeline import write_record
 from spark_jobs import evaluation, items
@@ -49,7 +50,7 @@ def test_text_is_resolved_bad_rows_are_refused_and_bare_items_get_a_row(make_ctx
     assert (result.rows_in, result.quarantined, result.duplicates, result.rows_out) == (len(GOOD) + 2 + refused + bare, refused, 2, 6)
     assert result.detail["reasons"] == {k: len(v) for k, v in sorted(BAD.items())}
     assert result.detail["without_metadata"] == bare
-    write_record(ctx, "items", result_json(result))
+    write_record(ctx, "items", asdict(result))
     assert [(f["subject"], f["value"], f["passed"]) for f in evaluation._reconciled(ctx)] == [("items", 0.0, True)], (
         "bare items are no loss"
     )

@@ -1,10 +1,6 @@
 """Profiles: every file loads, typos are named, overrides reach their place, nothing is accepted silently."""
 
-import contextlib
-
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from gr2.config import Config, load, profiles
@@ -65,12 +61,6 @@ def test_an_unknown_profile_names_the_nearest():
         load("dmeo")
     with pytest.raises(ConfigError, match="no profile"):
         load("../../etc/passwd")
-
-
-@given(st.text(max_size=30))
-def test_no_override_text_does_more_than_fail_by_name(text):
-    with contextlib.suppress(ConfigError):
-        assert isinstance(load("demo", [text]), Config)
 
 
 def test_the_variable_gives_the_data_folder_and_the_override_wins(monkeypatch, tmp_path):

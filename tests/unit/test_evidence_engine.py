@@ -11,7 +11,7 @@ from gr2.errors import EngineError
 from gr2.prompts import Candidate, View, evidence_words, load_template, make_view
 from gr2.rewards import format_reward
 from scoring.engine import Ask
-from scoring.evidence_engine import FOLDS, NAME, EvidenceEngine, Program, columns_of, design, fit, fold_of
+from scoring.evidence_engine import FOLDS, EvidenceEngine, Program, columns_of, design, fit, fold_of
 
 pytestmark = pytest.mark.unit
 COLUMNS = columns_of()
@@ -97,7 +97,6 @@ def test_its_order_beats_the_incoming_one_on_new_lists_and_noise_costs(program: 
 def test_every_sample_parses_and_cites_only_what_is_shown(program: Program) -> None:
     template = load_template()
     engine = EvidenceEngine(program, template)
-    assert engine.name == NAME == "evidence:4"
     raw, *_ = lists(40, seed=3)
     texts = set()
     for number, raw_NC in enumerate(raw):

@@ -18,6 +18,9 @@ texts = st.one_of(st.text(max_size=20), st.lists(st.sampled_from([*NASTY, "2026-
 
 @given(texts)
 @example("2026-02-30")
+@example("2023-02-29")
+@example("2024-1-1")
+@example("2024-02-29")
 @example("\uff12\uff10\uff12\uff16-01-05")  # digits of another alphabet
 @example("2026-01-05\n")
 def test_only_a_day_of_the_calendar_is_a_date(text):

@@ -71,7 +71,7 @@ class Handler(BaseHTTPRequestHandler):
             if wish == "reason":
                 message |= {"content": '["A"]', "reasoning_content": " because "}
             usage = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
-            choice = {"index": 0, "message": message, "finish_reason": "length" if wish == "long" else "stop"}
+            choice = {"index": 0, "message": message, "finish_reason": "stop"}
             self.reply(200, {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "usage": usage, "choices": [choice]})
 
     def reply(self, status: int, value: Any, headers: dict[str, str] | None = None) -> None:
@@ -122,22 +122,21 @@ def engine(url: str, **changed: Any) -> OpenAIEngine:
 
 def ask(wish: str) -> Ask:
     """One request."""
-    return Ask(wish, wish, 16, 0.7, 42, stop=("!",))
+    return Ask(wish, wish, 16, 0.7, 42)
 
 
 def test_answers_in_order_with_usage_and_price(url: str) -> None:
-    asks = [ask(f"q{i}") for i in range(12)] + [ask("reason"), ask("long")]
+    asks = [ask(f"q{i}") for i in range(12)] + [ask("reason")]
     answers = engine(url).generate(asks)
     assert [a.text for a in answers[:12]] == [f"said q{i}" for i in range(12)]
     assert [a.key for a in answers] == [a.key for a in asks]
     assert (answers[0].prompt_tokens, answers[0].completion_tokens) == (7, 3)
     assert answers[0].cost == pytest.approx(37e-6)
     assert answers[12].text == '<think>because</think>["A"]'
-    assert answers[13].finish == "length"
     assert 1 < Handler.most <= 4
     body = next(b for b in Handler.bodies if b["messages"][-1]["content"] == "q0")
-    assert {k: body[k] for k in ("model", "max_tokens", "temperature", "seed", "stop")} == {
-        "model": "m", "max_tokens": 16, "temperature": 0.7, "seed": 42, "stop": ["!"]}  # fmt: skip
+    assert {k: body[k] for k in ("model", "max_tokens", "temperature", "top_p", "seed")} == {
+        "model": "m", "max_tokens": 16, "temperature": 0.7, "top_p": 1.0, "seed": 42}  # fmt: skip
 
 
 def test_chat_messages_are_sent_as_they_are(url: str) -> None:

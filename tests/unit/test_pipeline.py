@@ -6,32 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-import schemas
 from gr2 import PROJECT, pipeline
 from gr2.config import Config, load
 from gr2.context import Context, Result
 from gr2.errors import ConfigError
 
 pytestmark = pytest.mark.unit
-
-
-def test_every_table_has_one_builder_and_is_built_before_it_is_read():
-    written: set[str] = set()
-    for stage in pipeline.STAGES:
-        assert set(stage.reads) <= written, f"{stage.name} reads what nothing before it writes"
-        for table in stage.writes:
-            assert table in schemas.NAMES
-            assert table in ("quarantine", "audits") or table not in written, f"{table} has two builders"
-        written |= set(stage.writes)
-    assert written == set(schemas.NAMES)
-
-
-def test_models_are_made_before_they_are_used_and_sections_exist():
-    made: set[str] = set()
-    for stage in pipeline.STAGES:
-        assert set(stage.uses) <= made
-        assert set(stage.sections) <= set(Config.model_fields)
-        made |= set(stage.makes)
 
 
 def test_between_gives_the_stages_from_one_to_another_and_refuses_a_backward_range():
