@@ -3,8 +3,8 @@
 Reads: `candidate_features`, `program_lists`, `candidates`. Writes: `baselines` (one request and baseline; key request_id, model).
     prerank      the incoming order                      random       a seeded shuffle: chance level
     popularity   interactions of the fit                 transition   direct transitions from the last history item, then popularity
-    lambdamart   LightGBM on the same evidence that the models read, and on the same lists: trained on split rerank, picked on valid, then
-                 for test trained on both
+    lambdamart   LightGBM on the same evidence that the models read, and on the same lists, which count as they do for the program:
+                 trained on split rerank, picked on valid, then for test trained on both
     program      the evidence program with trees, which `distill` learns from (`distill.source: evidence`): fitted on other users' lists
     oracle       the best order of the same candidates: the ceiling
 A rerun is harmless: all of it is seeded and replaced whole.
@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 import schemas
 from gr2.config import Config
@@ -68,9 +69,20 @@ def run(cfg: Config, ctx: Context) -> Result:
 
 
 def lists(ctx: Context, split: str, of: str = "candidate_features") -> pa.Table:
-    """The candidates of a split with their features, a request's rows together, in incoming order."""
-    columns = ["request_id", "item_id", "grade", *FEATURES]
-    return ctx.lake.read(of, columns, order_by=["request_id", "incoming_rank"], split=split)
+    """The candidates of a split with their features, a request's rows together, in incoming order; `count`: what a list counts in learning.
+
+    Its clicks' mean weight, where a log was debiased, times `distill.later_weight` where the target came on a later day.
+    """
+    columns = ["request_id", "item_id", "grade", "grade_weight", *FEATURES]
+    rows = ctx.lake.read(of, columns, order_by=["request_id", "incoming_rank"], split=split)
+    later = ctx.lake.read("candidates", ["request_id"], split=split, slice="later_day")["request_id"]
+    bounds, gain = groups(rows), np.exp2(rows["grade"].to_numpy()) - 1.0
+    weight = gain * np.nan_to_num(rows["grade_weight"].to_numpy().astype(np.float64), nan=1.0)
+    clicked, total = (np.add.reduceat(v, bounds[:-1]) if len(v) else v for v in (gain, weight))
+    count = np.divide(total, clicked, out=np.ones_like(total), where=clicked > 0)
+    on_later = pc.is_in(rows["request_id"], value_set=later.combine_chunks()).to_numpy(zero_copy_only=False)
+    counts = np.repeat(count, np.diff(bounds)) * np.where(on_later, ctx.cfg.distill.later_weight, 1.0)
+    return rows.append_column("count", pa.array(counts, pa.float64()))
 
 
 def matrix(rows: pa.Table) -> np.ndarray:
@@ -163,7 +175,8 @@ def dataset(tables: Sequence[pa.Table]) -> Any:
     if not rows.num_rows:
         raise InputError("no list of split rerank or valid holds its target: LambdaMART cannot learn; take it out of evaluation.baselines")
     sizes = np.concatenate([np.diff(groups(table)) for table in kept])
-    return lightgbm.Dataset(matrix(rows), rows["grade"].to_numpy(), group=sizes, feature_name=list(FEATURES), free_raw_data=False)
+    data = {"label": rows["grade"].to_numpy(), "weight": rows["count"].to_numpy(), "group": sizes, "feature_name": list(FEATURES)}
+    return lightgbm.Dataset(matrix(rows), **data, free_raw_data=False)
 
 
 def _with_positive(rows: pa.Table) -> pa.Table:

@@ -50,7 +50,11 @@ class Sampling(Protocol):
 
 @dataclass(frozen=True)
 class Task:
-    """A prompt with what its verifier needs: a row of `rl_prompts`."""
+    """A prompt with what its verifier needs: a row of `rl_prompts`.
+
+    Where clicks were debiased, `paid` are the grades whose gains are weighed: what a click counts against others of its list. Rewards are
+    shares of a list's best, so they cannot say what it counts against other lists: that is `weight`, which scales its advantages.
+    """
 
     prompt_id: str
     prompt: str
@@ -59,6 +63,8 @@ class Task:
     shown: tuple[str, ...]
     grades: tuple[float, ...]
     evidence: tuple[str, ...]
+    paid: tuple[float, ...] = ()
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -101,9 +107,12 @@ def read_tasks(ctx: Context, split: str, most: int = MOST) -> list[Task]:
 
 
 def _weighted(row: dict[str, Any]) -> dict[str, Any]:
-    """A prompt's grades as rewards see them: each with the weight that a debiased log gave it."""
-    weights = row.pop("weights") or [1.0] * len(row["grades"])
-    return row | {"grades": [weighted_grade(grade, weight) for grade, weight in zip(row["grades"], weights, strict=True)]}
+    """A prompt with the weights that a debiased log gave its candidates: of each grade, and the mean over what was clicked."""
+    weights, grades = row.pop("weights"), row["grades"]
+    if not weights or not any(grades):
+        return row
+    gains = [2.0**grade - 1.0 for grade in grades]
+    return row | {"paid": list(map(weighted_grade, grades, weights)), "weight": float(np.average(weights, weights=gains))}
 
 
 class Deck(Generic[T]):
@@ -134,11 +143,13 @@ def collect(engine: Sampling, deck: Deck[Task], cfg: Config, step: int, run: str
     """
     found: list[Rollout] = []
     kept, seen = 0, Counter[str]()
+    usual = float(np.mean([task.weight for task in deck.tasks]))
     for _ in range(1 + (cfg.rl.max_refills if need_variance else 0)):
         if kept >= cfg.rl.prompts_per_step:
             break
-        drawn = sample(engine, deck.take(cfg.rl.prompts_per_step - kept), cfg, step, run, seen)
-        drawn = with_advantages(drawn, cfg.rl.group, cfg.rl.scaled, need_variance)
+        tasks = deck.take(cfg.rl.prompts_per_step - kept)
+        drawn = sample(engine, tasks, cfg, step, run, seen)
+        drawn = with_advantages(drawn, cfg.rl.group, cfg.rl.scaled, need_variance, [task.weight / usual for task in tasks])
         kept += sum(r.used for r in drawn) // cfg.rl.group
         found += drawn
     return found
@@ -179,7 +190,8 @@ def _answers(engine: Sampling, asks: Sequence[Ask]) -> list[Answer]:
 def judge(task: Task, answer: Answer, cfg: Config, step: int, run: str, place: int) -> Rollout:
     """Parses an answer strictly and pays it: the reward of METHOD 8 and, for valid answers, DAPO's soft punishment of length."""
     parsed = parse(answer.text, task.incoming, task.mode)
-    paid = reward(cfg.rl.reward, task.incoming, task.shown, task.grades, parsed, task.evidence, cfg.rl, cfg.prompt.max_thought_tokens)
+    grades = task.grades if cfg.rl.reward == "gr2" else task.paid or task.grades  # `gr2` knows one target: the best grade as it came
+    paid = reward(cfg.rl.reward, task.incoming, task.shown, grades, parsed, task.evidence, cfg.rl, cfg.prompt.max_thought_tokens)
     long = 0.0
     if parsed.order is not None and cfg.rl.overlong_tokens:
         long = cfg.rl.overlong_weight * overlong(len(answer.token_ids), limit_of(cfg.prompt, task.mode), cfg.rl.overlong_tokens)
@@ -207,10 +219,14 @@ def judge(task: Task, answer: Answer, cfg: Config, step: int, run: str, place: i
     )
 
 
-def with_advantages(rollouts: Sequence[Rollout], group: int, scaled: bool, need_variance: bool = True) -> list[Rollout]:
-    """Advantages within each group (consecutive rollouts); groups without variance are marked unused."""
+def with_advantages(
+    rollouts: Sequence[Rollout], group: int, scaled: bool, need_variance: bool = True, weights_P: Sequence[float] | None = None
+) -> list[Rollout]:
+    """Advantages within each group (consecutive rollouts), times its weight; groups without variance are marked unused."""
     rewards_PG = torch.tensor([r.reward for r in rollouts]).reshape(-1, group)
     advantages_PG, kept_P = group_advantages(rewards_PG, scaled)
+    if weights_P is not None:
+        advantages_PG = advantages_PG * torch.tensor(weights_P)[:, None]
     flat, kept = advantages_PG.flatten().tolist(), kept_P.repeat_interleave(group).tolist()
     return [replace(r, advantage=a, used=k or not need_variance) for r, a, k in zip(rollouts, flat, kept, strict=True)]
 

@@ -123,6 +123,32 @@ def test_how_often_the_first_slot_is_chosen_is_told_and_kept(ctx, tmp_path):
     assert rollouts.figures(rollouts.load(tmp_path / "step.arrow"), 9)["first_shown"] == 0.25
 
 
+def test_a_click_where_few_look_counts_more_and_moves_no_target(make_ctx):
+    ctx = make_ctx(["rl.prompts_per_step=2", "rl.group=2", "rl.reward=ndcg"])
+    labels = ["A", "B", "C"]
+
+    def task(name, grades, weights):
+        row = {"prompt_id": name, "prompt": "", "mode": "direct", "incoming": labels, "shown": labels, "evidence": []}
+        return rollouts.Task(**rollouts._tuples(rollouts._weighted(row | {"grades": grades, "weights": weights})))
+
+    seen, unseen, plain = task("seen", [0, 1, 0], [1, 1, 2]), task("unseen", [0, 1, 0], [1, 4, 5]), task("plain", [0, 1, 0], None)
+    assert (seen.weight, unseen.weight, plain.weight) == (1.0, 4.0, 1.0)
+
+    class Halves:
+        def generate(self, asks):
+            orders = [["B", "A", "C"] if ask.key.endswith("0") else ["A", "C", "B"] for ask in asks]
+            return [Answer(a.key, format_answer(o), token_ids=(1,), logprobs=(0.0,)) for a, o in zip(asks, orders, strict=True)]
+
+    drawn = rollouts.collect(Halves(), rollouts.Deck([seen, unseen], 3), ctx.cfg, 1, "r")
+    found = {(r.prompt_id, r.sample): r.advantage for r in drawn}
+    assert found["seen", 0] > 0 > found["seen", 1] == -found["seen", 0]
+    assert found["unseen", 0] == pytest.approx(4 * found["seen", 0])
+    bought = task("bought", [0, 1, 2], [1, 4, 1])
+    assert bought.weight == pytest.approx((1 * 4 + 3 * 1) / 4)
+    assert bought.paid[1] > bought.paid[2] == 2.0, "beside each other the click where few look says more"
+    assert rollouts.validate(Halves(), [bought], ctx.cfg)["mrr"] == 0.5, "and yet what was bought is the target"
+
+
 def policy_of(ctx):
     """A policy in training; its sampler is not started."""
     tiny.model_named(ctx, "sft")

@@ -108,7 +108,12 @@ def test_what_came_on_a_later_day_can_count_more_for_the_program(make_ctx, monke
     of = padded(ctx, ("rerank",), LESSONS)
     later, told, names = (of.slices_R == "later_day") & of.grades_RN.any(axis=1), {}, {}
     for weight in (1.0, 50.0):
-        judge, names[weight] = boosted(make_ctx([f"distill.later_weight={weight}"]))
+        weighted = make_ctx([f"distill.later_weight={weight}"])
+        judge, names[weight] = boosted(weighted)
+        rows = baselines.lists(weighted, "rerank", LESSONS)
+        counts = dict(zip(rows["request_id"].to_pylist(), rows["count"].to_pylist(), strict=True))
+        assert {slices[r]: c for r, c in counts.items()} == {"later_day": weight, "same_day": 1.0}, "for LambdaMART too"
+        assert set(baselines.dataset([rows]).get_weight()) == {1.0, weight}
         told[weight] = judge.judged(of.raw_RNC, of.there_RN, of.folds_R)[later][of.grades_RN[later] > 0].mean()
     assert told[50.0] > told[1.0] + 0.1, told
     assert names[50.0] != names[1.0]
