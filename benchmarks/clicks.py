@@ -8,7 +8,7 @@ from the clicks of split rerank, each user's by the fold of the others, and orde
 
 Printed: how often each slot is looked at, as fitted and as it is; and for each way of weighing clicks the mean rank correlation (Spearman)
 of the scores with the true relevance within a slate, the NDCG of the true relevance, and the paired difference to ignoring the bias, with
-its 95 % bootstrap interval over slates.
+its 95 % bootstrap interval over users.
 """
 
 import argparse
@@ -115,7 +115,8 @@ def main() -> None:
     plain = made["clicks as they are"]
     for name, scores_RN in made.items():
         rank_R, gain_R = spearman(scores_RN, test.truth_RN), ndcg(scores_RN, test.truth_RN)
-        over = (told(rank_R - spearman(plain, test.truth_RN), signed=True), told(gain_R - ndcg(plain, test.truth_RN), signed=True))
+        gained = (rank_R - spearman(plain, test.truth_RN), gain_R - ndcg(plain, test.truth_RN))
+        over = [told(values_R, signed=True, users=test.users) for values_R in gained]
         print(f"| {name} | {rank_R.mean():.4f} | {over[0]} | {gain_R.mean():.4f} | {over[1]} |")
 
 

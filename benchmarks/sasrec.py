@@ -1,6 +1,6 @@
 """What a user would deploy instead of a generative pre-ranker: SASRec with a softmax over all items, on the same interactions and requests.
 
-    python -m benchmarks.sasrec --roots ROOT [ROOT ...] [--minutes 15] [--seeds 13 14 15] [--lists 20 --work FOLDER]
+    python -m benchmarks.sasrec --roots ROOT [ROOT ...] [--minutes 60] [--seeds 13 14 15] [--lists 20 --work FOLDER]
 
 Reads `interactions` and `candidates` of roots whose runs have come as far as `candidates`: the same data, one root a seed of the
 pre-ranker. Trains on what the pre-ranker of the test lists trained on (all but each user's validation and test item), once for each of
@@ -68,19 +68,19 @@ def epoch(model: SASRec, optimizer: torch.optim.Optimizer, inputs_BT: Tensor, ta
     return float(np.mean(losses))
 
 
-def scored(model: SASRec, histories: list[list[int]], batch: int = 256) -> Iterator[Tensor]:
-    """scores_BM of all items after each history, batch by batch; -inf for the pad and the history's own items."""
+def scored(model: SASRec, histories: list[list[int]], seen: list[list[int]], batch: int = 256) -> Iterator[Tensor]:
+    """scores_BM of all items after each history, batch by batch; -inf for the pad and for what the user has seen."""
     for start in range(0, len(histories), batch):
         scores_BM = model.after(histories[start : start + batch])
-        for row, items in enumerate(histories[start : start + batch]):
+        for row, items in enumerate(seen[start : start + batch]):
             scores_BM[row, items] = -torch.inf
         yield scores_BM
 
 
-def ranks(model: SASRec, histories: list[list[int]], targets: list[int]) -> np.ndarray:
-    """(R,) rank of each target, which its history lacks, among all items but the user's own."""
+def ranks(model: SASRec, histories: list[list[int]], seen: list[list[int]], targets: list[int]) -> np.ndarray:
+    """(R,) rank of each target, which the user had not seen, among all items but the user's own."""
     found, at = [], 0
-    for scores_BM in scored(model, histories):
+    for scores_BM in scored(model, histories, seen):
         own_B = scores_BM[torch.arange(len(scores_BM)), torch.tensor(targets[at : at + len(scores_BM)])]
         found.append((scores_BM > own_B[:, None]).sum(1) + 1)
         at += len(scores_BM)
@@ -88,7 +88,7 @@ def ranks(model: SASRec, histories: list[list[int]], targets: list[int]) -> np.n
 
 
 def fitted(sequences: list[list[int]], names: list[str], epochs: int, seed: int, minutes: float, watch: Any = None) -> SASRec:
-    """A model after so many epochs, or as many as the minutes hold. `watch(model, epoch)` ends it early where it returns True."""
+    """A model after so many epochs; `watch(model, epoch)` ends it early where it returns True. Exits where the minutes do not hold them."""
     torch.manual_seed(seed)
     model = SASRec(names, SETTINGS)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
@@ -99,8 +99,10 @@ def fitted(sequences: list[list[int]], names: list[str], epochs: int, seed: int,
     for number in range(1, epochs + 1):
         loss = epoch(model, optimizer, inputs_BT, targets_BT)
         print(f"epoch {number}: loss {loss:.3f}, {time.monotonic() - began:.0f} s", flush=True)
-        if (watch and watch(model, number)) or time.monotonic() - began > minutes * 60:
+        if watch and watch(model, number):
             break
+        if number < epochs and time.monotonic() - began > minutes * 60:
+            raise SystemExit(f"{number} epochs took {minutes:g} minutes: SASRec is not trained to its end; give --minutes more")
     return model
 
 
@@ -127,18 +129,23 @@ class Data:
 
     def ranks(self, model: SASRec, split: str) -> np.ndarray:
         """(R,) over the split's requests."""
-        return ranks(model, self.histories(split), [self.number[r["target_id"]] for r in self.requests[split]])
+        return ranks(model, self.histories(split), self.seen(split), [self.number[r["target_id"]] for r in self.requests[split]])
 
     def histories(self, split: str) -> list[list[int]]:
         """Items before each target of the split."""
         return [[self.number[i] for i in r["history_ids"] if i in self.number] for r in self.requests[split]]
+
+    def seen(self, split: str) -> list[list[int]]:
+        """All items before each target: histories keep the latest."""
+        users = [r["user_id"] for r in self.requests[split]]
+        return [[*self.of["train"].get(u, ()), *items] for u, items in zip(users, self.histories(split), strict=True)]
 
     def lists(self, cfg: Config, models: dict[str, SASRec]) -> list[dict[str, Any]]:
         """Rows of `candidates`: the best items after each history, by the model that did not see the split."""
         found = []
         for split in SPLITS:
             rows = iter(self.requests[split])
-            for scores_BM in scored(models[FIT[split]], self.histories(split)):
+            for scores_BM in scored(models[FIT[split]], self.histories(split), self.seen(split)):
                 values_BK, places_BK = scores_BM.topk(cfg.candidates.n)
                 for scores, places in zip(values_BK.tolist(), places_BK.tolist(), strict=True):
                     found.append(row_of(next(rows), FIT[split], "sasrec", [self.names[p] for p in places], scores, cfg.candidates.n))
@@ -201,7 +208,7 @@ def main() -> None:
     """Chooses, trains, prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--roots", type=Path, nargs="+", required=True, help="one a seed; the first gives the data")
-    parser.add_argument("--minutes", type=float, default=15, help="longest training")
+    parser.add_argument("--minutes", type=float, default=60, help="longest training; one that takes longer is refused")
     parser.add_argument("--seeds", type=int, nargs="+", default=[13])
     parser.add_argument("--lists", type=int, default=0, help="size of the lists that LambdaMART orders; 0: none")
     parser.add_argument("--work", type=Path, help="with --lists: a folder for their tables")

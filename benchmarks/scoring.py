@@ -4,7 +4,8 @@
 
 All ask the model `rl` about the same requests. The stage runs as a user runs it (its own process: Spark, rendering, one engine, parsing,
 audits, Delta), on a copy of the tables that it reads; bare vLLM is one call on ready prompts. Both are given with the start of the engine
-and without; vLLM begins with an empty prefix cache each time. transformers generates greedily in padded batches of 64, sorted by length.
+and without; vLLM begins with an empty prefix cache each time. transformers generates greedily in padded batches of 64, sorted by length, in
+the type of `scoring.dtype`, as vLLM does.
 """
 
 import argparse
@@ -54,12 +55,12 @@ def bare(engine: VLLMEngine, ids: list[list[int]], most: int, least: int = 0) ->
     return time.perf_counter() - started
 
 
-def of_transformers(path: Path, ids: list[list[int]], most: int, batch: int = 64) -> float:
+def of_transformers(path: Path, ids: list[list[int]], most: int, dtype: str, batch: int = 64) -> float:
     """Seconds of greedy generation in padded batches."""
     import torch
 
     model, tokenizer = load_model(path)
-    model = model.to(torch.bfloat16).eval()
+    model = model.to(torch.bfloat16 if dtype == "bfloat16" else torch.float32).eval()
     ids = sorted(ids, key=len)
     started = time.perf_counter()
     with torch.inference_mode():
@@ -130,7 +131,7 @@ def _measure(profile: str, root: Path, there: Path, most: int) -> None:
     some = ids[:256]
     slowest = len(some) / bare(engine, some, LONG, LONG)
     engine.close()
-    slow = of_transformers(model.path, some, room)
+    slow = of_transformers(model.path, some, room, cfg.scoring.dtype)
     print("| what | requests | requests/s | ratio |\n| --- | --- | --- | --- |")
     rate = len(ids) / generate
     print(f"| bare `LLM.generate` | {len(ids)} | {rate:.1f} | 1 |")

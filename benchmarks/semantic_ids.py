@@ -56,26 +56,40 @@ def _json(file: Path) -> dict[str, list[str]]:
 
 
 def shipped(root: Path, file: Path) -> dict[str, Any]:
-    """Puts others' codes in the place of this root's, a free last code drawn where several items share all. Returns their health."""
+    """Puts others' codes in the place of this root's, a free last code drawn where several items share all. Returns their health.
+
+    Their codebooks are means of what is left of their items' vectors, so that like codes start alike in the retriever, as ours do.
+    """
+    from dataclasses import replace
+
     import pyarrow as pa
 
+    from gr2.artifacts import publish_folder
     from gr2.config import Tokenizer, load
     from gr2.context import Context
     from gr2.sids import to_text
     from spark_jobs.publish import publish
     from spark_jobs.session import frame_of
+    from training.codebooks import Codebooks
     from training.collisions import separate
+    from training.tokenizer import item_vectors
     from validation.sid_health import figures
 
     ctx = Context(load("beauty", [f"paths.root={root}", *SHIPPED_SHAPE]))
-    version = ctx.model("tokenizer", "tokenizer").id
-    table = ctx.lake.read("semantic_ids", order_by=["item_id"], tokenizer=version)
+    ours = ctx.model("tokenizer", "tokenizer")
+    table = ctx.lake.read("semantic_ids", order_by=["item_id"], tokenizer=ours.id)
     given = {str(int(key) + 1): [int(re.sub(r"\D", "", word)) for word in words] for key, words in _json(file).items()}
     learned_NL = np.array([given[item] for item in table["item_id"].to_pylist()])
     levels = learned_NL.shape[1]
     nowhere = (np.zeros((len(learned_NL), 1), np.float32), np.zeros((levels, 256, 1), np.float32))  # only codes are shipped, no vectors
     codes_NL = separate(learned_NL, *nowhere, Tokenizer(collisions="random", levels=levels), 13)
+    own, config = Codebooks.load(ours.path)
+    theirs = replace(own, books_LKD=means_of(learned_NL, own.latent(item_vectors(ctx, ctx.cfg.embeddings)[1]), 256))
+    with publish_folder(ctx.root, "tokenizer", {k: v for k, v in ours.manifest.items() if k not in ("name", "hash")}) as folder:
+        theirs.save(folder, config | {"codes_of": file.name})
+    version = ctx.model("tokenizer", "tokenizer").id
     written = {
+        "tokenizer": [version] * len(table),
         "codes": codes_NL.tolist(),
         "learned_codes": learned_NL.tolist(),
         "token_text": [to_text(row) for row in codes_NL.tolist()],
@@ -86,6 +100,18 @@ def shipped(root: Path, file: Path) -> dict[str, Any]:
         table = table.set_column(table.schema.get_field_index(name), field, pa.array(values, type=field.type))
     publish(ctx, "semantic_ids", frame_of(ctx, table), partition={"tokenizer": version})
     return figures(learned_NL, codes_NL, np.zeros(len(learned_NL)), 256)
+
+
+def means_of(codes_NL: np.ndarray, vectors_ND: np.ndarray, codes: int) -> np.ndarray:
+    """(L, K, D) of each code the mean of what the levels before leave of its items' vectors; zeros where no item has it."""
+    left_ND, books = vectors_ND.astype(np.float64), []
+    for codes_N in codes_NL.T:
+        count_K = np.bincount(codes_N, minlength=codes)
+        sum_KD = np.zeros((codes, left_ND.shape[1]))
+        np.add.at(sum_KD, codes_N, left_ND)
+        books.append(sum_KD / np.maximum(count_K, 1)[:, None])
+        left_ND = left_ND - books[-1][codes_N]
+    return np.stack(books).astype(np.float32)
 
 
 def quality(root: Path) -> dict[str, float]:

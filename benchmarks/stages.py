@@ -21,10 +21,10 @@ def gr2(profile: str, root: Path, words: Sequence[str], settings: Iterable[str],
     subprocess.run([sys.executable, "-m", module, *words, "--profile", profile, *(w for s in chosen for w in ("--set", s))], check=True)
 
 
-def told(values: Sequence[float] | np.ndarray, signed: bool = False) -> str:
-    """Mean with its 95 % bootstrap interval."""
+def told(values: Sequence[float] | np.ndarray, signed: bool = False, users: Sequence[str] | None = None) -> str:
+    """Mean with its 95 % bootstrap interval, over whole users where they are named: what one user did is alike."""
     form = "{:+.4f} [{:+.4f}, {:+.4f}]" if signed else "{:.4f} [{:.4f}, {:.4f}]"
-    return form.format(*bootstrap_mean(np.asarray(values), DRAWS, SEED))
+    return form.format(*bootstrap_mean(np.asarray(values), DRAWS, SEED, users_B=users))
 
 
 def header(name: str, *roots: Path) -> str:

@@ -5,8 +5,8 @@
 Loop: the same model, packed batches, loss, optimizer, clipping and bf16 autocast, once through `training.loop.Engine` (DeepSpeed, norms
 over ranks, metrics), once as ten lines of torch; they take turns. Packing: one history of Beauty an example (3 tokens an item), packed,
 against batches of as many examples padded to their longest. Utilisation: FLOPs of a step (6 a parameter and token for what tokens are
-multiplied by, 12 * layers * hidden * row for attention, over all of a row, as PaLM counts, arXiv 2204.02311 appendix B) against a bf16
-matmul of 4,096 x 4,096 (on a GPU 8,192), in the same process. A GPU trains larger models there, on rows of 2,048 tokens.
+multiplied by, 12 * layers * hidden * row for attention, over all of a row, as PaLM counts, arXiv 2204.02311 appendix B) against a
+matmul of 4,096 x 4,096 (on a GPU 8,192) in the same type, in the same process. A GPU trains larger models there, on rows of 2,048 tokens.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import torch
 from benchmarks.stages import header
 from gr2.config import Model, Training, load
 from gr2.sids import sid_tokens
-from scoring.model import autocast, build_model, build_vocabulary
+from scoring.model import autocast, build_model, build_vocabulary, multiplies_bf16
 from training.data import Batch, Example, Rows, batches, pack, to_batch
 from training.fitting import supervised
 from training.loop import Engine, learned_states
@@ -125,9 +125,10 @@ def flops(model: Any, batch: Batch) -> float:
 
 
 def matmul_peak() -> float:
-    """FLOPs a second of bf16 matrix products, the best of ten."""
+    """FLOPs a second of matrix products in what training multiplies in (bf16 where the machine has units for it), the best of ten."""
     size = 8192 if DEVICE == "cuda" else 4096
-    one, other = (torch.randn(size, size, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
+    kind = torch.bfloat16 if multiplies_bf16(DEVICE) else torch.float32
+    one, other = (torch.randn(size, size, dtype=kind, device=DEVICE) for _ in range(2))
     seconds = []
     for _ in range(10):
         wait()
