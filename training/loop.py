@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from gr2 import PROJECT
 from gr2.config import Training
@@ -36,6 +37,7 @@ from training.data import Batch, Loader
 from training.optimizers import make_optimizer
 from training.trackers import open_tracker
 
+CHUNK = 4096  # learned tokens whose logits stand at once
 LossFn = Callable[[Any, Any], tuple[torch.Tensor, dict[str, float | torch.Tensor]]]
 
 
@@ -79,16 +81,31 @@ def learned_states(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor
     return hidden_BTD[:, :-1][learned_BT[:, 1:]], batch.input_ids_BT[learned_BT]
 
 
-def state_logprobs(
-    model: Any, hidden_MD: torch.Tensor, targets_M: torch.Tensor, temperature: float = 1.0, chunk: int = 4096
-) -> torch.Tensor:
-    """logps_M of the targets, `chunk` of them at a time."""
-    head, parts = model.get_output_embeddings(), []
-    for start in range(0, len(targets_M), chunk):
-        logits_MV = head(hidden_MD[start : start + chunk]).float()
-        logits_MV = logits_MV if temperature == 1.0 else logits_MV / temperature  # else a copy of the largest tensor for nothing
-        parts.append(-torch.nn.functional.cross_entropy(logits_MV, targets_M[start : start + chunk], reduction="none"))
-    return torch.cat(parts) if parts else 0.0 * hidden_MD.sum(dim=1)
+def state_logprobs(model: Any, hidden_MD: torch.Tensor, targets_M: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """logps_M of the targets. The logits of `CHUNK` of them at most stand at once: of several chunks each is computed anew going back."""
+    head = model.get_output_embeddings()
+
+    def logprobs(hidden_CD: torch.Tensor, targets_C: torch.Tensor) -> torch.Tensor:
+        logits_CV = head(hidden_CD).float()
+        logits_CV = logits_CV if temperature == 1.0 else logits_CV / temperature  # else a copy of the largest tensor for nothing
+        return -torch.nn.functional.cross_entropy(logits_CV, targets_C, reduction="none")
+
+    count = _chunks(head, len(targets_M))
+    if count == 1:
+        return logprobs(hidden_MD, targets_M)
+    starts = range(0, count * CHUNK, CHUNK)
+    parts = [(hidden_MD[start : start + CHUNK], targets_M[start : start + CHUNK]) for start in starts]
+    return torch.cat([checkpoint(logprobs, *part, use_reentrant=False) for part in parts])
+
+
+def _chunks(head: Any, learned: int) -> int:
+    """Calls of the head: under ZeRO-3, where each gathers the weights from all ranks, as many on each rank as the longest needs."""
+    count = max(1, math.ceil(learned / CHUNK))
+    if not hasattr(head.weight, "ds_id") or world() == 1:
+        return count
+    most = torch.tensor(count, device=head.weight.device)
+    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+    return int(most)
 
 
 def token_logprobs(model: Any, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
