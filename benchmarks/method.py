@@ -60,7 +60,9 @@ VARIANTS: dict[str, Variant] = {
         ("reasoning_traces", *TAUGHT, "rl_prompts", "rl", "opd", "baselines"), (), (*MODES, *ON_POLICY[1:])
     ),
     "RL without SFT": Variant(("rl",), ("rl.start=midtrain",), (("rl", "think"),)),
-    "targeted traces": Variant((*TAUGHT, "rl"), ("sft.traces=targeted",)),
+    # Of a request there is one targeted trace and up to four rejected ones, and no targeted one of lists without a target: as many of each.
+    "targeted traces": Variant((*TAUGHT, "rl"), ("sft.traces=targeted", "sft.max_traces=2000")),
+    "rejected traces, as many": Variant((*TAUGHT, "rl"), ("sft.no_target=false", "sft.max_traces=2000")),
     "1,000 traces": Variant((*TAUGHT, "opd"), ("sft.max_traces=1000", "sft.drills=0"), ON_POLICY),
     "4,000 traces": Variant((*TAUGHT, "opd"), ("sft.max_traces=4000", "sft.drills=0"), ON_POLICY),
     "16,000 traces": Variant(
