@@ -16,7 +16,6 @@ from pyspark.sql.types import DoubleType, StructField, StructType
 
 import schemas
 from gr2.context import Context
-from gr2.errors import MissingInputError
 from spark_jobs.session import read
 
 LOOKBACK = 20  # history items, latest first, that evidence is looked up for
@@ -101,16 +100,11 @@ def _with_similarity(ctx: Context, crossed: DataFrame) -> DataFrame:
 
     Raises MissingInputError where there are no vectors of the configured text model: zeros would look like evidence.
     """
-    from training.tokenizer import text_model
+    from training.tokenizer import text_model, vectors_of
 
-    model = text_model(ctx.cfg.embeddings)
-    table = ctx.lake.read("item_embeddings", ["item_id", "vector"], order_by=["item_id"], model=model)
-    if not table.num_rows:
-        raise MissingInputError(f"item_embeddings holds no vectors of model {model!r}: run `gr2 stage item_embeddings` first")
-    width = len(table["vector"][0])
-    vectors_ND = np.zeros((table.num_rows + 1, width), np.float32)  # the last row stands for items without a vector
-    vectors_ND[:-1] = table["vector"].combine_chunks().flatten().to_numpy().reshape(-1, width)
-    shared = ctx.spark.sparkContext.broadcast((table["item_id"].to_numpy(), vectors_ND))
+    ids, vectors_ND = vectors_of(ctx, text_model(ctx.cfg.embeddings))
+    padded_ND = np.vstack([vectors_ND, np.zeros_like(vectors_ND[:1])])  # the last row stands for items without a vector
+    shared = ctx.spark.sparkContext.broadcast((ids, padded_ND))
     schema = StructType([*crossed.schema.fields, StructField("similarity", DoubleType())])
     return crossed.mapInArrow(_similarities(shared), schema)
 

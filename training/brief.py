@@ -30,6 +30,8 @@ from training.loop import train
 from training.losses import group_advantages
 from training.rollouts import MOST, Deck, Task, read_tasks
 
+Orders = Sequence[Sequence[str]]  # labels, best first
+
 REFERENCE = 256  # prompts that say what the full context's N@3 is
 
 
@@ -144,18 +146,25 @@ def rank_of(task: Task, order: Sequence[str]) -> int:
 
 
 def measure(model: Any, policy: Shortener, tokenizer: Any, template: Template, held_out: Sequence[Task]) -> dict[str, float]:
-    """On held-out prompts, against the full ones: agreement on the first label and on the order, N@3 of both, tokens saved."""
+    """What shorter prompts are worth on held-out requests."""
     short = shortened(policy, tokenizer, template, [task.prompt for task in held_out])
     sides = [list(held_out), [replace(task, prompt=prompt) for task, prompt in zip(held_out, short, strict=True)]]
-    found = [orders(model, tokenizer, tasks) for tasks in sides]
-    full, less = (float(ndcg_at([rank_of(t, o) for t, o in zip(held_out, ordered, strict=True)], 3).mean()) for ordered in found)
+    full, less = (orders(model, tokenizer, tasks) for tasks in sides)
     tokens = [sum(len(ids) for ids in encode_all(tokenizer, [task.prompt for task in tasks])) for tasks in sides]
+    return compared(held_out, full, less, *tokens)
+
+
+def compared(tasks: Sequence[Task], full: Orders, less: Orders, tokens_full: int, tokens: int) -> dict[str, float]:
+    """Orders by compressed prompts against those by full ones: agreement on the first label and on the order, N@3, tokens saved."""
+    ndcg = {
+        name: float(ndcg_at([rank_of(t, o) for t, o in zip(tasks, ordered, strict=True)], 3).mean())
+        for name, ordered in (("ndcg3_full", full), ("ndcg3", less))
+    }
     return {
-        "same_first": float(np.mean([a[0] == b[0] for a, b in zip(*found, strict=True)])),
-        "tau": float(np.mean([kendall_tau(a, b) for a, b in zip(*found, strict=True)])),
-        "ndcg3_full": full,
-        "ndcg3": less,
-        "tokens_full": tokens[0] / len(held_out),
-        "tokens": tokens[1] / len(held_out),
-        "saved": 1 - tokens[1] / tokens[0],
+        "same_first": float(np.mean([a[0] == b[0] for a, b in zip(full, less, strict=True)])),
+        "tau": float(np.mean([kendall_tau(a, b) for a, b in zip(full, less, strict=True)])),
+        **ndcg,
+        "tokens_full": tokens_full / len(tasks),
+        "tokens": tokens / len(tasks),
+        "saved": 1 - tokens / tokens_full,
     }

@@ -26,7 +26,6 @@ import torch
 from gr2.config import Config, Latents
 from gr2.context import Context, Result
 from gr2.errors import InputError
-from gr2.metrics import kendall_tau, ndcg_at
 from gr2.prompts import ANSWER_OPEN, LABELS, Template, format_answer, load_template
 from schemas.base import FLOAT, INT, STRING, list_of
 from scoring.compressed import encode_marked, known_items, marked, said_of, save
@@ -255,9 +254,9 @@ def kl(full_RV: torch.Tensor, short_RV: torch.Tensor) -> torch.Tensor:
 def measure(
     model: Any, compressor: Compressor | None, tokenizer: Any, items: Items, held_out: Sequence[Text], batch: int = 16
 ) -> dict[str, float]:
-    """On held-out prompts, against the full ones: KL, agreement on the first label and on the order, N@3 of both, tokens saved."""
-    kls, same, taus, tokens = [], [], [], {True: 0, False: 0}
-    ranks: dict[bool, list[int]] = {True: [], False: []}
+    """What compressed prompts are worth on held-out requests, and the KL of what they make the model answer."""
+    kls: list[float] = []
+    tokens, orders = {True: 0, False: 0}, {True: list[list[str]](), False: list[list[str]]()}
     k = compressor.k if compressor is not None else 0
     for start in range(0, len(held_out), batch):
         part = held_out[start : start + batch]
@@ -266,30 +265,14 @@ def measure(
         kls += kl(full_RV, short_RV).tolist()
         at = 0
         for text in part:
-            orders = [order_at(tokenizer, logp_RV[at], text.task.incoming) for logp_RV in (full_RV, short_RV)]
-            same.append(orders[0][0] == orders[1][0])
-            taus.append(kendall_tau(*orders))
-            for short, order in zip((False, True), orders, strict=True):
-                ranks[short].append(brief.rank_of(text.task, order))
+            for short, logp_RV in ((False, full_RV), (True, short_RV)):
+                logp_Y = logp_RV[at][torch.tensor(label_ids(tokenizer))].tolist()
+                orders[short].append(brief.order_of(text.task, logp_Y))
             tokens[False] += len(text.ids) - text.learned
             tokens[True] += sum(1 if n >= 0 else k for n in text.short) - text.learned
             at += text.learned
-    return {
-        "kl": float(np.mean(kls)),
-        "same_first": float(np.mean(same)),
-        "tau": float(np.mean(taus)),
-        "ndcg3_full": float(ndcg_at(ranks[False], 3).mean()),
-        "ndcg3": float(ndcg_at(ranks[True], 3).mean()),
-        "tokens_full": tokens[False] / len(held_out),
-        "tokens": tokens[True] / len(held_out),
-        "saved": 1 - tokens[True] / tokens[False],
-    }
-
-
-def order_at(tokenizer: Any, logp_V: torch.Tensor, labels: Sequence[str]) -> list[str]:
-    """The labels by descending log-probability."""
-    values = logp_V[torch.tensor(label_ids(tokenizer, labels))].tolist()
-    return [label for _, label in sorted(zip(values, labels, strict=True), key=lambda pair: (-pair[0], pair[1]))]
+    tasks = [text.task for text in held_out]
+    return {"kl": float(np.mean(kls)), **brief.compared(tasks, orders[False], orders[True], tokens[False], tokens[True])}
 
 
 @torch.inference_mode()

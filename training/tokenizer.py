@@ -65,9 +65,9 @@ def item_vectors(ctx: Context, settings: Embeddings) -> tuple[list[str], Floats]
 
     Raises MissingInputError if the two models' rows do not belong together.
     """
-    ids, vectors_NV = _vectors(ctx, text_model(settings))
+    ids, vectors_NV = vectors_of(ctx, text_model(settings))
     if settings.collaborative_dim and settings.collaborative_weight:
-        others, pairs_ND = _vectors(ctx, PAIRS)
+        others, pairs_ND = vectors_of(ctx, PAIRS)
         if others != ids:
             raise MissingInputError(
                 "item_embeddings: text and collaborative vectors are of different items: run `gr2 stage item_embeddings` again"
@@ -77,7 +77,8 @@ def item_vectors(ctx: Context, settings: Embeddings) -> tuple[list[str], Floats]
     return ids, (vectors_NV / np.where(norms_N1 > 0, norms_N1, 1)).astype(np.float32)
 
 
-def _vectors(ctx: Context, model: str) -> tuple[list[str], Floats]:
+def vectors_of(ctx: Context, model: str) -> tuple[list[str], Floats]:
+    """Item ids in order, and (N, V) vectors of one model. Raises MissingInputError where there are none."""
     table = ctx.lake.read("item_embeddings", ["item_id", "vector"], order_by=["item_id"], model=model)
     if not table.num_rows:
         raise MissingInputError(f"item_embeddings holds no vectors of model {model!r}: run `gr2 stage item_embeddings` first")

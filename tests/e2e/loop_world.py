@@ -1,13 +1,16 @@
 """What tests of the training loop share: a tiny model, examples with something to learn, a training in a few steps."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from gr2.config import Model, Training
-from scoring.model import build_model
+from scoring.model import build_model, save
 from training.data import Batch, Example, batches, pack
 from training.loop import planned_steps, token_logprobs, train
 
@@ -42,6 +45,22 @@ def run(tokenizer: Any, folder: Path, settings: Training = FAST, **more: Any) ->
 
 def same_weights(a: Any, b: Any) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def plain_logits(model: Any, tokenizer: Any, folder: Path) -> float:
+    """What transformers alone reads from the export; all its weights must be found."""
+    save(model, tokenizer, folder / "export")
+    assert not list((folder / "export").glob("*adapter*"))
+    code = (
+        "import sys, transformers as t\n"
+        "m, told = t.AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)\n"
+        "assert not told['missing_keys'] and not told['unexpected_keys'], told\n"
+        "k = t.AutoTokenizer.from_pretrained(sys.argv[1])\n"
+        "print(m.eval()(**k('some words', return_tensors='pt')).logits.double().sum().item())"
+    )
+    environment = {**os.environ, "PYTHONPATH": ""}
+    words = [sys.executable, "-c", code, str(folder / "export")]
+    return float(subprocess.run(words, capture_output=True, text=True, check=True, cwd=folder, env=environment).stdout)
 
 
 class Stop(Exception):

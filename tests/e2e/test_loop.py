@@ -16,8 +16,8 @@ import torch
 from gr2 import PROJECT
 from gr2.config import Training
 from gr2.errors import ConfigError, ModelError
-from scoring.model import build_model, load, save
-from tests.e2e.loop_world import FAST, TINY, Stop, examples, loss_fn, run, same_weights, stop_after
+from scoring.model import build_model, load
+from tests.e2e.loop_world import FAST, TINY, Stop, examples, loss_fn, plain_logits, run, same_weights, stop_after
 from training import checkpoints, loop
 from training.data import Batch, pack, to_batch
 from training.loop import Engine, learned_states, state_logprobs, token_logprobs
@@ -185,20 +185,9 @@ def test_what_is_exported_are_the_averaged_weights_of_a_plain_model(tokenizer: A
     plain, _ = run(tokenizer, tmp_path / "plain")
     averaged, _ = run(tokenizer, tmp_path / "averaged", FAST.model_copy(update={"average": 0.9}))
     assert not same_weights(plain, averaged)
-    save(averaged, tokenizer, tmp_path / "export")
-    code = (
-        "import sys, torch, transformers as t\n"
-        "m = t.AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval(); k = t.AutoTokenizer.from_pretrained(sys.argv[1])\n"
-        "print(m(**k('some words', return_tensors='pt')).logits.double().sum().item())"
-    )
-    env = {**os.environ, "PYTHONPATH": ""}
-    printed = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "export")], capture_output=True, text=True, check=True, cwd=tmp_path, env=env
-    )
+    printed = plain_logits(averaged, tokenizer, tmp_path)
     model, vocabulary = load(tmp_path / "export")
-    assert float(printed.stdout) == pytest.approx(
-        model(**vocabulary("some words", return_tensors="pt")).logits.double().sum().item(), abs=1e-3
-    )
+    assert printed == pytest.approx(model(**vocabulary("some words", return_tensors="pt")).logits.double().sum().item(), abs=1e-3)
     assert same_weights(model, averaged)
 
 

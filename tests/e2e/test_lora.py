@@ -1,7 +1,5 @@
 """LoRA: only the adapter learns, a killed training goes on bit for bit, and what is exported is the merged, plain model."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,8 +10,8 @@ import torch
 from gr2.config import Training, load
 from gr2.errors import ConfigError, EnvironmentProblem
 from gr2.sections import Lora
-from scoring.model import build_model, save
-from tests.e2e.loop_world import FAST, TINY, Stop, examples, loss_fn, run, same_weights, stop_after
+from scoring.model import build_model
+from tests.e2e.loop_world import FAST, TINY, Stop, examples, loss_fn, plain_logits, run, same_weights, stop_after
 from training import checkpoints
 from training.data import batches, pack
 from training.loop import Engine
@@ -55,22 +53,6 @@ def test_only_the_adapter_learns_and_the_export_is_the_merged_model(tokenizer: A
     if not tables:
         logits = model(**tokenizer("some words", return_tensors="pt")).logits.detach().double()
         assert plain_logits(model, tokenizer, tmp_path) == pytest.approx(float(logits.sum()), abs=1e-3)
-
-
-def plain_logits(model: Any, tokenizer: Any, folder: Path) -> float:
-    """What transformers alone reads from the export; all its weights must be found."""
-    save(model, tokenizer, folder / "export")
-    assert not list((folder / "export").glob("*adapter*"))
-    code = (
-        "import sys, transformers as t\n"
-        "m, told = t.AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)\n"
-        "assert not told['missing_keys'] and not told['unexpected_keys'], told\n"
-        "k = t.AutoTokenizer.from_pretrained(sys.argv[1])\n"
-        "print(m.eval()(**k('some words', return_tensors='pt')).logits.double().sum().item())"
-    )
-    environment = {**os.environ, "PYTHONPATH": ""}
-    words = [sys.executable, "-c", code, str(folder / "export")]
-    return float(subprocess.run(words, capture_output=True, text=True, check=True, cwd=folder, env=environment).stdout)
 
 
 @pytest.mark.parametrize(("stage", "average"), [(1, 0.9), (3, 0.0)])
