@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import pytest
 import schemas
 from gr2.config import PROJECT, Config
 from gr2.pipeline import STAGES, Stage
+from gr2.prompts import COLUMNS, DERIVED
 
 pytestmark = pytest.mark.unit
 MAY_IMPORT = {  # DESIGN section 1
@@ -186,6 +188,15 @@ def test_a_stage_reads_only_what_an_earlier_one_made() -> None:
         assert set(stage.sections) <= set(Config.model_fields), stage.name
         tables |= set(stage.writes)
         models |= set(stage.makes)
+
+
+def test_no_baseline_and_no_grade_reaches_a_prompt() -> None:
+    """What a prompt may show are columns of the evidence; the orders of LambdaMART and the others are read where they are judged."""
+    assert set(schemas.get("candidate_features").names()) - {"grade", "grade_weight"} >= COLUMNS - DERIVED
+    reads = re.compile(r"baselines|.*\b(FROM|JOIN) baselines\b.*", re.DOTALL)  # the table's name alone, or a query of it
+    files = [p for p in sources(*MAY_IMPORT) if p.parent.name != "schemas"]
+    readers = {p.stem for p in files for n in ast.walk(tree_of(p)) if isinstance(n, ast.Constant) and reads.fullmatch(str(n.value))}
+    assert readers == {"pipeline", "baselines", "evaluation"}
 
 
 def test_one_schema_module_a_table() -> None:
