@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 from deltalake import write_deltalake
-from trace_world import settle
+from prompt_world import settle
 
 from gr2 import artifacts
 from gr2.errors import AuditError, MissingInputError, ModelError

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from trace_world import settle
+from prompt_world import settle
 
 import schemas
 from gr2.answers import parse

@@ -3,7 +3,7 @@
 import pyarrow as pa
 import pytest
 from deltalake import write_deltalake
-from trace_world import settle
+from prompt_world import settle
 
 import schemas
 from gr2.answers import parse
