@@ -12,7 +12,7 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -301,7 +301,7 @@ class Scoring(Section):
 
     # `latents: [score]`, `brief: [score]`: also what `rl` answers to compressed contexts
     models: dict[Name, Modes] = {"sft": ("think",), "rl": ("think", "score"), "opd": ("think",), "opd+rl": ("think",), "fast": ("score",)}
-    live: dict[Name, Modes] = {"rl": ("score",)}  # what answers for a night's lists
+    live: dict[Name, Annotated[Modes, Field(min_length=1)]] = Field({"rl": ("score",)}, min_length=1)  # what answers for a night's lists
     splits: tuple[Literal["valid", "test"], ...] = ("test",)
     replicas: Positive = 1
     shuffles: Positive = 1  # of a list, over which the mode score adds up: steadier orders, as many prompts
@@ -395,15 +395,13 @@ class Config(Section):
             raise ValueError(f"no prompt template {min(unknown)!r} in conf/prompts{_nearest(min(unknown), templates())}")
         if self.sft.drills and self.candidates.n < FEWEST_DRILLED:
             raise ValueError(f"sft.drills: a drill has at least {FEWEST_DRILLED} candidates, more than candidates.n ({self.candidates.n})")
-        needed = 2 * self.candidates.n + 1
-        if self.scoring.structured and self.prompt.max_answer_tokens < needed:
+        if self.scoring.structured and self.prompt.max_answer_tokens < (needed := 2 * self.candidates.n + 1):
             raise ValueError(f"scoring.structured: prompt.max_answer_tokens must be at least {needed} for that many labels")
         if self.data.source == "files" and not self.data.events.files:
             raise ValueError("data.source is files: say which in data.events.files, such as ['clicks/*.parquet']")
         if any(t.processes > 1 or t.checkpoint_every or t.lora for t in (self.rl.student, self.rl.teacher, self.opd.train)):
             raise ValueError(
-                "rl and opd train in one process, hand their sampler whole weights and go on from their rollouts: "
-                "leave out processes, lora and checkpoint_every"
+                "rl and opd train whole weights in one process, and go on from their rollouts: leave out processes, lora, checkpoint_every"
             )
         if any(t.lora and not t.lora.tables for t in (self.midtrain.student, self.midtrain.teacher, self.midtrain.refit)):
             raise ValueError("midtrain teaches the rows of semantic IDs: with lora, set lora.tables to true")
@@ -417,6 +415,9 @@ class Config(Section):
             raise ValueError(f"scoring: {bad[0]} is trained on prompts that ask for no thought: take direct or score")
         if self.scoring.structured and "latents" in {*self.scoring.models, *self.scoring.live}:
             raise ValueError("scoring: vLLM gives its tokenizer a token for vectors, which grammars refuse: take structured or latents")
+        model, modes = next(iter(self.scoring.live.items()))
+        if self.release.gate and "valid" in self.scoring.splits and modes[0] not in self.scoring.models.get(model, ()):
+            raise ValueError(f"scoring.splits has valid: so scoring.models must have {model}: [{modes[0]}], which release.gate compares")
         return self
 
     def digest(self, *sections: str) -> str:
@@ -494,7 +495,6 @@ def _siblings(loc: tuple[int | str, ...]) -> list[str]:
 
 
 def _nearest(name: str, valid: list[str]) -> str:
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.4)
-    if close:
+    if close := difflib.get_close_matches(name, valid, n=1, cutoff=0.4):
         return f": did you mean {close[0]!r}?"
     return f"; there are: {', '.join(valid)}" if valid else ""

@@ -38,12 +38,16 @@ def sample(ids: Iterable[str], cfg: Config) -> list[str]:
 def compare(cfg: Config, ctx: Context) -> Finding | None:
     """The gain in release.metric of the new system over the promoted one, at least release.min_gain; None where nothing is to compare with.
 
-    Judged is what answers at night: the first model and mode of scoring.live.
+    Judged is what answers at night: the first model and mode of scoring.live. A release that lacks that model does not pass.
     """
     model, modes = next(iter(cfg.scoring.live.items()))
-    old, new = ctx.promoted.get("models", {}).get(model), ctx.pins.get("models", {}).get(model)
-    if not cfg.release.gate or old is None or new is None or old == new:
+    promoted = ctx.promoted
+    old, new = promoted.get("models", {}).get(model), ctx.pins.get("models", {}).get(model)
+    if not cfg.release.gate or not promoted or (old and old == new):
         return None
+    if not (old and new):
+        lacks = f"the {'new' if old else 'promoted'} release has no model {model!r}, the first of scoring.live"
+        return finding("gate", f"{model}/{modes[0]}", None, low=cfg.release.min_gain, detail=f"{lacks}; release.gate=false promotes")
     mode, names = modes[0], (f"{model}@{old}", f"{model}@{new}")
     was, became = (
         target_places(cfg, lake, name, mode) for lake, name in zip((Lake(ctx.place, ctx.promoted["tables"]), ctx.lake), names, strict=True)

@@ -39,9 +39,9 @@ def answer(n: int, digest: str, place: int) -> dict:
     return row | {"seconds": 0.0, "night": "none"}
 
 
-def release(ctx, digest: str) -> None:
-    """Promotes a model with the tables as they are."""
-    pins = {"tables": {t: ctx.lake.version(t) for t in ("candidates", "rerank_scores")}, "models": {"rl": digest}}
+def release(ctx, digest: str, models: tuple[str, ...] = ("rl",)) -> None:
+    """Promotes models with the tables as they are."""
+    pins = {"tables": {t: ctx.lake.version(t) for t in ("candidates", "rerank_scores")}, "models": dict.fromkeys(models, digest)}
     row = {"release_id": "r", "status": "promoted", "profile": "demo", "run_id": "x", "pins": json.dumps(pins), "code": "c"}
     row |= {"config_hash": "h", "lock_hash": "l", "seed": 1, "promoted_at": dt.datetime(2026, 1, 1, tzinfo=dt.UTC)}
     put(ctx, "releases", [row])
@@ -160,3 +160,20 @@ def test_nothing_is_compared_without_an_older_release_or_with_the_gate_off(make_
     ctx.pin("models", "rl", "new")
     assert gate.compare(ctx.cfg, ctx) is None
     assert compared(make_ctx, (3, 1), 80, "release.gate=false") is None
+
+
+@pytest.mark.parametrize(
+    ("live", "lacks"),
+    [("nosuch", "the promoted release has no model 'nosuch'"), ("opd", "the promoted release has no"), ("sft", "the new release has no")],
+)
+def test_a_live_model_that_either_release_lacks_does_not_pass_and_is_named(make_ctx, live, lacks):
+    ctx = make_ctx([f"scoring.live={{{live}: [score]}}"])
+    put(ctx, "candidates", [])
+    put(ctx, "rerank_scores", [])
+    release(ctx, "old", ("rl", "sft"))
+    for name in ("rl", "opd"):
+        ctx.pin("models", name, "new")
+    found = gate.compare(ctx.cfg, ctx)
+    assert (found["value"], found["passed"]) == (None, False)
+    assert lacks in found["detail"]
+    assert "scoring.live" in found["detail"]
