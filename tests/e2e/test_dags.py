@@ -98,7 +98,7 @@ def test_only_drift_of_a_real_night_asks_for_retraining(dags, night_of_clicks):
     assert {a.name for a in dags["nightly"].get_task("ask_for_retraining").outlets} == {"gr2://retrain/wanted"}
     assert [a.name for a in dags["retrain"].timetable.asset_condition.objects] == ["gr2://retrain/wanted"]
     drifted = dags["nightly"].get_task("drifted").python_callable
-    said = call("drift", "demo", "2026-01-10", ["drift.fail_at=99"])
+    said = call("drift", "demo", "2026-01-10", [])
     runs = {kind: run_of(kind) for kind in ("scheduled", "manual", "backfill")}
     assert [drifted(said, run) for run in runs.values()] == [True, True, False]
     assert not drifted("02:10:00 drift: 8 subjects measured, none beyond 0.25", runs["scheduled"])
@@ -193,8 +193,15 @@ def test_a_failure_is_told_to_the_webhook_and_an_unreachable_one_hides_nothing(a
 
 
 @pytest.mark.parametrize(
-    "setting", ["a.b=$(rm -rf /)", "a.b=b;c", "a.b='b'", "nonsense", "a.b=b c", "a.b=`id`", "--profile=x", "paths.root=/", "data.path=/etc"]
-)
+    "setting",
+    [
+        "rl.b=$(rm -rf /)", "rl.b=b;c", "rl.b='b'", "nonsense", "rl.b=b c", "rl.b=`id`", "rl.group=4\n", "--profile=x", "profile=x",
+        "paths.root=/", "data.path=/etc", "data.events.files=[/etc/*]", "models.student.base=/any/path", "embeddings.encoder=/any/path",
+        "spark.master=spark://evil:7077", "spark.extra.spark.jars=/x.jar", "tracker=mlflow", "simulator=x", "rl=x", "drift.fail_at=99",
+        "traces.teacher=openai", "traces.url=http://evil.example/v1", "traces.model=x", "release.gate=false", "evaluation.min_tau=-1",
+        "tokenizer.min_uniqueness=0", "maintenance.keep_days=0", "scoring.live.tokenizer=[score]", "scoring.audit_replicas=1",
+    ],
+)  # fmt: skip
 def test_settings_that_could_escape_are_refused(airflow, setting):
     from airflow.exceptions import AirflowFailException
 
@@ -208,7 +215,9 @@ def test_settings_that_could_escape_are_refused(airflow, setting):
     ("conf", "passes"),
     [
         ({}, True), ({"date": "2026-01-05", "profile": "beauty"}, True), ({"date": "{{ ds }}"}, False), ({"date": "../x"}, False),
-        ({"profile": "demo; rm"}, False), ({"profile": "../demo"}, False), ({"settings": ["a=b c"]}, False), ({"settings": "a=b"}, False),
+        ({"profile": "demo; rm"}, False), ({"profile": "../demo"}, False), ({"settings": "rl.group=4"}, False),
+        ({"settings": ["rl.group=b c"]}, False), ({"settings": ["release.gate=false"]}, False),
+        ({"settings": ["seed=2", "rl.student.max_steps=4", "distill.source=opd+rl", "scoring.shuffles=2"]}, True),
     ],
 )  # fmt: skip
 def test_parameters_are_typed(nightly, conf, passes):
