@@ -26,13 +26,13 @@ def settings(root: Path, port: int = 8080) -> dict[str, str]:
 
 def start(root: Path, profile: str, port: int) -> None:
     """Runs `airflow standalone` until Ctrl-C, then ends its whole group: its own children outlive a signal to it alone."""
-    environment = {**os.environ, **settings(root, port)}
+    environment = {**os.environ, **settings(root, port), "GR2_PROFILE": profile}
     airflow = str(Path(sys.executable).parent / "airflow")
     subprocess.run([airflow, "db", "migrate"], env=environment, check=True, stdout=subprocess.DEVNULL)
     pool = [airflow, "pools", "set", "gpu", "1", "stages that train, or ask a model"]
     subprocess.run(pool, env=environment, check=True, stdout=subprocess.DEVNULL)
     print(f"Airflow on http://127.0.0.1:{port} (no password), home {root / 'airflow'}.")
-    print(f"Trigger `retrain`, then `nightly`, with {profile!r}; Ctrl-C ends it.")
+    print(f"Trigger `retrain`, then `nightly`: {profile!r} is their profile, unless a run names another. Ctrl-C ends it.")
     process = subprocess.Popen([airflow, "standalone"], env=environment, start_new_session=True)
 
     def end(*_: object) -> None:

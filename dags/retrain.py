@@ -2,9 +2,11 @@
 
     airflow dags trigger retrain --conf '{"profile": "beauty"}'
 
-It also starts when the asset `gr2://retrain/wanted` is updated. Such a run has no logical date, and needs none: it reads what the nights
-have brought together. Several updates while one run is under way start one further run. Stage `release` promotes the new models if they
-beat those that are out on the validation lists of both (`release.gate`); else the release that is out stays.
+It also starts when the asset `gr2://retrain/wanted` is updated, with the profile and settings that the update names (`nightly` names its
+own); what none names is the default, the profile that of the variable GR2_PROFILE, else demo. Such a run has no logical date, and needs
+none: it reads what the nights have brought together. Several updates while one run is under way start one further run; if they ask for
+different things it fails and says so, rather than do one of them. Stage `release` promotes the new models if they beat those that are out
+on the validation lists of both (`release.gate`); else the release that is out stays.
 """
 
 import datetime as dt

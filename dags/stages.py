@@ -1,15 +1,19 @@
-"""Tasks for the DAGs: each calls one `gr2 stage` in a process of its own. Nothing heavy is imported here or in a worker."""
+"""Tasks for the DAGs: each calls one `gr2 stage` in a process of its own. Nothing heavy is imported here or in a worker.
 
+The profile of a run that names none, as the schedule's do, is that of the variable GR2_PROFILE, else demo.
+"""
+
+import copy
 import datetime as dt
 import logging
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from airflow.exceptions import AirflowException, AirflowFailException
+from airflow.exceptions import AirflowException, AirflowFailException, ParamValidationError
 from airflow.sdk import Asset, Param, task
 
 from gr2 import PROJECT
@@ -24,7 +28,12 @@ KEY = rf"(seed|({'|'.join(SECTIONS)})(\.[a-z0-9_+-]+)+|scoring\.({'|'.join(SCORI
 VALUE = r"[^\s'\"`$;|&<>{}]*"  # an alphabet that no shell or template reads
 SETTING = f"^{KEY}={VALUE}$"
 DAY = r"\d{4}-\d{2}-\d{2}"
-PROFILE = Param("demo", type="string", pattern="^[a-z0-9_]{1,40}$", description="A profile: a file in conf/.")
+PROFILE = Param(
+    os.environ.get("GR2_PROFILE") or "demo",
+    type="string",
+    pattern="^[a-z0-9_]{1,40}$",
+    description="A profile: a file in conf/. By default that of the variable GR2_PROFILE, else demo.",
+)
 SETTINGS = Param(
     [],
     type="array",
@@ -102,6 +111,23 @@ def type_of(dag_run: object) -> str:
     return str(getattr(kind, "value", kind))
 
 
+def chosen(params: dict[str, Any], events: Mapping[Any, Any] | None) -> dict[str, Any]:
+    """What a run works with: its parameters, or, if updates of an asset started it, the profile and settings that these name.
+
+    Raises AirflowFailException for what no parameter may be, and where the updates differ: a run does one of them, and none is dropped.
+    """
+    asked = []
+    for event in (event for of_asset in (events or {}).values() for event in of_asset):
+        named = {name: param for name, param in (("profile", PROFILE), ("settings", SETTINGS)) if name in event.extra}
+        try:
+            asked.append({**params, **{name: copy.copy(param).resolve(event.extra[name]) for name, param in named.items()}})
+        except ParamValidationError as error:
+            raise AirflowFailException(f"an update asks for what no run may have: {str(error).splitlines()[0]}") from None
+    if other := [run for run in asked if run != asked[0]]:
+        raise AirflowFailException(f"the updates ask for different runs, {asked[0]} and {other[0]}: trigger each")
+    return asked[0] if asked else params
+
+
 def day_of(params: dict[str, Any], ds: str | None, of_day: bool) -> str | None:
     """The day that a run processes; none for a run of no day. Raises AirflowFailException where one is needed and not said."""
     date = None if not of_day else ds if params["date"] == "run" else params["date"]
@@ -125,9 +151,9 @@ def stage_task(stage: Stage, of_day: bool, outlets: list[Asset] | None = None) -
         outlets=outlets or [],
         on_failure_callback=tell,
     )
-    def run_stage(params: dict[str, Any] | None = None, ds: str | None = None) -> str:
-        chosen = params or {}
-        return call(stage.name, chosen["profile"], day_of(chosen, ds, of_day), list(chosen["settings"]))
+    def run_stage(params: dict[str, Any] | None = None, ds: str | None = None, triggering_asset_events: Any = None) -> str:
+        run = chosen(params or {}, triggering_asset_events)
+        return call(stage.name, run["profile"], day_of(run, ds, of_day), list(run["settings"]))
 
     return run_stage()
 

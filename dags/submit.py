@@ -14,7 +14,7 @@ from typing import Any
 from airflow.providers.apache.spark.operators.spark_submit import SparkSubmitOperator
 from airflow.sdk.bases.hook import BaseHook
 
-from dags.stages import command, day_of, tell
+from dags.stages import chosen, command, day_of, tell
 from gr2 import PROJECT
 from gr2.config import load
 from gr2.environment import class_path, yarn_jars
@@ -31,10 +31,10 @@ class StageSubmit(SparkSubmitOperator):
 
     def execute(self, context: Any) -> None:
         """Submits the stage, or finds what an earlier try submitted, and waits for its end."""
-        params = context["params"]
-        words = command(self.stage.name, params["profile"], day_of(params, context.get("ds"), self.of_day), list(params["settings"]))
+        run = chosen(dict(context["params"]), context.get("triggering_asset_events"))
+        words = command(self.stage.name, run["profile"], day_of(run, context.get("ds"), self.of_day), list(run["settings"]))
         self.application_args = words[words.index("stage") :]
-        self.conf = driver_settings(params["profile"], list(params["settings"]))
+        self.conf = driver_settings(run["profile"], list(run["settings"]))
         self._track_driver_via_k8s_api = "k8s" in (BaseHook.get_connection(self.conn).host or "")
         super().execute(context)
 

@@ -150,8 +150,15 @@ def doctor(profile: Profile = "demo", settings: Set = None) -> None:
 
 
 @app.command()
-def airflow(profile: Profile = "demo", port: int = 8080, settings: Set = None) -> None:
-    """Start a local Airflow (SQLite, 127.0.0.1) with the DAGs of this project; Ctrl-C ends it and its children."""
+def airflow(
+    profile: Annotated[str, typer.Option(envvar="GR2_PROFILE", help="The profile of runs that name none.")] = "demo",
+    port: int = 8080,
+    settings: Set = None,
+) -> None:
+    """Start a local Airflow (SQLite, 127.0.0.1) with the DAGs of this project; Ctrl-C ends it and its children.
+
+    Any other Airflow takes the profile of scheduled runs from the variable GR2_PROFILE, too.
+    """
     importlib.import_module("dags.local").start(_context(profile, settings).root, profile, port)
 
 

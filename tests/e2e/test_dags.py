@@ -47,7 +47,9 @@ def test_there_are_three_dags(dags):
     assert set(dags) == {"nightly", "retrain", "backfill_rerank"}
 
 
-@pytest.mark.parametrize(("dag", "name", "more"), [("nightly", "night", {"drifted", "ask_for_retraining"}), ("retrain", "build", set())])
+@pytest.mark.parametrize(
+    ("dag", "name", "more"), [("nightly", "night", {"logs_are_in", "drifted", "ask_for_retraining"}), ("retrain", "build", set())]
+)
 def test_one_task_a_stage_in_the_order_of_the_tables(dags, dag, name, more):
     stages = flow(name)
     assert set(dags[dag].task_ids) == {s.name for s in stages} | more
@@ -63,6 +65,26 @@ def run_of(kind):
     from airflow.sdk.api.datamodels._generated import DagRunType
 
     return SimpleNamespace(run_type=DagRunType(kind))
+
+
+def test_a_backfill_of_nights_does_the_first_day_the_last_and_those_between(nightly):
+    from airflow.serialization.serialized_objects import DagSerialization
+
+    from dags.stages import day_of
+
+    first, last = (dt.datetime(2026, 1, day, tzinfo=dt.UTC) for day in (20, 28))  # as `--from-date 2026-01-20 --to-date 2026-01-28`
+    runs = list(DagSerialization.from_dict(DagSerialization.to_dict(nightly)).iter_dagrun_infos_between(first, last))
+    days = [day_of({"date": "run"}, f"{run.logical_date:%Y-%m-%d}", of_day=True) for run in runs]
+    assert days == [f"2026-01-{day}" for day in range(20, 29)]
+    assert all(run.data_interval.end == run.logical_date + dt.timedelta(days=1) for run in runs), "no run starts before its day is over"
+
+
+def test_a_scheduled_night_waits_for_the_last_logs_and_no_other_does(nightly):
+    assert [task.task_id for task in nightly.roots] == ["logs_are_in"]
+    ready, now = nightly.get_task("logs_are_in").python_callable, dt.datetime.now(dt.UTC)
+    assert [ready(now - dt.timedelta(hours=hours), run_of("scheduled")) for hours in (1, 3)] == [False, True]
+    assert ready(now, run_of("backfill"))
+    assert ready(None, run_of("manual"))
 
 
 def test_what_the_schedule_itself_starts_of_a_backfill_does_nothing(dags):
@@ -104,6 +126,68 @@ def test_only_drift_of_a_real_night_asks_for_retraining(dags, night_of_clicks):
     assert not drifted("02:10:00 drift: 8 subjects measured, none beyond 0.25", runs["scheduled"])
 
 
+@pytest.fixture
+def called(airflow, monkeypatch):
+    """The commands that tasks started, none of which ran."""
+    from dags import stages
+
+    words: list[list[str]] = []
+    ended = SimpleNamespace(stdout=[], wait=lambda: 0)
+    monkeypatch.setattr(stages.subprocess, "Popen", lambda command, **_: words.append(command[3:]) or ended)
+    return words
+
+
+def updates(*extras):
+    """What a run that updates of `gr2://retrain/wanted` started is told of them."""
+    from airflow.sdk.execution_time.context import TriggeringAssetEventsAccessor
+
+    from dags.stages import WANTED
+
+    return TriggeringAssetEventsAccessor.build(SimpleNamespace(asset=WANTED, source_aliases=[], extra=extra) for extra in extras)
+
+
+def test_retraining_is_of_the_profile_and_settings_whose_night_asked_for_it(dags, called):
+    from airflow.sdk.execution_time.context import OutletEventAccessors
+
+    from dags.stages import WANTED
+
+    told, own = OutletEventAccessors(), {"profile": "demo", "settings": []}
+    ask, retrain = dags["nightly"].get_task("ask_for_retraining").python_callable, dags["retrain"].get_task("rl").python_callable
+    ask({"profile": "production", "date": "run", "settings": ["rl.group=4"]}, told)
+    retrain(own, None, updates(told[WANTED].extra))
+    retrain(own, None, updates(told[WANTED].extra, {**told[WANTED].extra, "from_rest_api": True}))
+    assert called == [["stage", "rl", "--profile", "production", "--set", "rl.group=4"]] * 2
+    retrain(own, None, updates({"profile": "production"}))
+    retrain({**own, "profile": "beauty"}, None, updates())
+    retrain({**own, "profile": "beauty"}, None, updates({}))
+    assert [words[3:] for words in called[2:]] == [["production"], ["beauty"], ["beauty"]]
+
+
+@pytest.mark.parametrize(
+    ("extras", "message"),
+    [
+        ([{"profile": "../demo"}], "does not match"), ([{"profile": ["demo"]}], "not of type"),
+        ([{"settings": ["release.gate=false"]}], "does not match"), ([{"settings": "rl.group=4"}], "not of type"),
+        ([{"profile": "production"}, {"profile": "beauty"}], "different runs"), ([{"profile": "production"}, {}], "different runs"),
+    ],
+)  # fmt: skip
+def test_an_update_asks_for_one_thing_and_only_for_what_a_run_may_have(dags, called, extras, message):
+    from airflow.exceptions import AirflowFailException
+
+    with pytest.raises(AirflowFailException, match=message):
+        dags["retrain"].get_task("rl").python_callable({"profile": "demo", "settings": []}, None, updates(*extras))
+    assert called == []
+
+
+@pytest.mark.parametrize(("variable", "said"), [("production", "{'production'}"), ("", "{'demo'}"), ("../demo", "does not match")])
+def test_runs_that_name_no_profile_are_of_the_variables(airflow, variable, said):
+    code = "from dags import backfill_rerank, nightly, retrain; "
+    code += "print({d().params['profile'] for d in (backfill_rerank.backfill_rerank, nightly.nightly, retrain.retrain)})"
+    environment = {**os.environ, "GR2_PROFILE": variable}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PROJECT, env=environment, check=False)
+    assert said in done.stdout + done.stderr
+
+
 def test_what_needs_a_gpu_waits_for_one(dags):
     pools = {t.task_id: t.pool for t in dags["retrain"].tasks}
     assert {pools[name] for name in ("rl", "sft", "rerank_scores", "reasoning_traces")} == {"gpu"}
@@ -119,6 +203,18 @@ def test_a_dag_parses_in_a_second_and_loads_neither_torch_nor_spark(airflow, mod
     seconds, found = done.stdout.strip().splitlines()[-1].split(" ", 1)
     assert found == "[]"
     assert float(seconds) < 1
+
+
+def test_a_day_of_a_backfill_is_answered_by_the_model_that_the_run_names(dags, called):
+    from gr2.config import load
+
+    rerank = dags["backfill_rerank"].get_task("rerank").python_callable
+    rerank("2026-01-05", {"profile": "demo", "settings": ["scoring.shuffles=2"], "model": "opd+rl", "mode": "think"})
+    assert [words[1] for words in called] == ["candidates", "rerank_scores"]
+    assert called[1][2:7] == ["--profile", "demo", "--date", "2026-01-05", "--set"]
+    found = load("demo", called[1][7::2])
+    assert (found.scoring.live, found.scoring.shuffles) == ({"opd+rl": ("think",)}, 2)
+    assert load("demo", [*called[1][7::2], "scoring.splits=[valid]", "scoring.models={rl: [score]}"])
 
 
 def test_days_of_a_backfill(airflow):
@@ -146,17 +242,17 @@ def test_a_failing_stage_says_why_and_what_is_hopeless_is_not_tried_again(airflo
     assert not isinstance(caught.value, AirflowFailException), "a killed stage is tried again"
 
 
-def test_a_local_airflow_takes_its_children_along(monkeypatch, tmp_path):
+def test_a_local_airflow_runs_the_profile_and_takes_its_children_along(monkeypatch, tmp_path):
     from dags import local
 
     ended = []
     process = SimpleNamespace(pid=7, wait=lambda: ended.append("waited for"))
     monkeypatch.setattr(local.subprocess, "run", lambda *_, **__: None)
-    monkeypatch.setattr(local.subprocess, "Popen", lambda *_, **__: process)
+    monkeypatch.setattr(local.subprocess, "Popen", lambda *_, env, **__: ended.append(env["GR2_PROFILE"]) or process)
     monkeypatch.setattr(local.signal, "signal", lambda *_: None)
     monkeypatch.setattr(local.os, "killpg", lambda group, how: ended.append((group, how)))
-    local.start(tmp_path, "demo", 8080)
-    assert ended == ["waited for", (7, local.signal.SIGKILL)]
+    local.start(tmp_path, "beauty", 8080)
+    assert ended == ["beauty", "waited for", (7, local.signal.SIGKILL)]
 
 
 def test_a_failure_is_told_to_the_webhook_and_an_unreachable_one_hides_nothing(airflow, monkeypatch, caplog):
