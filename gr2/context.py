@@ -126,6 +126,16 @@ class Context:
             self.pins.setdefault(kind, {})[name] = version
             artifacts.write_whole(path, json.dumps(self.pins, indent=1, sort_keys=True))
 
+    @contextlib.contextmanager
+    def drafted(self, tables: Iterable[str]) -> Iterator[None]:
+        """Within, a build reads these tables as its draft pins them, whatever nights have published since (DESIGN contract 6)."""
+        pins = {} if self.date else self._read_draft().get("tables", {})
+        self.lake.pins = {table: pins[table] for table in tables if table in pins}
+        try:
+            yield
+        finally:
+            self.lake.pins = {}
+
     def _read_draft(self) -> dict[str, dict[str, Any]]:
         path = self.runs / "draft.json"
         return json.loads(path.read_text()) if path.exists() else {}

@@ -21,6 +21,10 @@ from gr2.prompts import load_template
 ROOMS = ("gr2", "schemas", "validation", "scoring", "training", "spark_jobs")
 
 
+GATHER = ("events", "items", "interactions", "impressions", "evidence", "item_embeddings")  # bring up to date what nights share
+TELL = ("release", "report", "maintenance")
+
+
 @dataclass(frozen=True)
 class Stage:
     """One step: its module, what it reads and writes, and the configuration sections that change what it makes."""
@@ -39,6 +43,11 @@ class Stage:
     def gpu(self) -> bool:
         """Whether it trains, or asks a model: a scheduler has as many slots for it as there are GPUs."""
         return self.trains or self.name in ("candidates", "reasoning_traces", "distill_examples", "item_latents", "rerank_scores")
+
+    @property
+    def drafted(self) -> tuple[str, ...]:
+        """Tables of others that a build reads at the draft's versions; none where it takes up what nights brought, or tells of all."""
+        return () if self.name in (*GATHER, *TELL) else tuple(t for t in self.reads if t not in self.writes)
 
     @property
     def trains(self) -> bool:
@@ -232,10 +241,12 @@ def between(first: str | None, last: str | None, name: str = "build") -> list[St
 
 def fingerprint(stage: Stage, cfg: Config, ctx: Context) -> str:
     """Hash of all that decides what a stage makes: its settings, its code and everything that code imports, its inputs."""
+    with ctx.drafted(stage.drafted):
+        tables = {t: ctx.lake.content_version(t) if ctx.lake.exists(t) else None for t in stage.reads}
     parts: dict[str, Any] = {
         **settings_of(stage, cfg),
         "date": str(ctx.date),
-        "tables": {t: ctx.lake.content_version(t) if ctx.lake.exists(t) else None for t in stage.reads},
+        "tables": tables,
         "models": {m: _current(ctx, m) for m in stage.uses},
     }
     if "simulator" in stage.sections:  # it reads raw files
@@ -275,7 +286,7 @@ def execute(stage: Stage, cfg: Config, ctx: Context, print_: str) -> Result:
     """Runs a stage in this process and writes its record (the first process, where torchrun started several). GR2Errors pass through."""
     started = time.monotonic()
     alone = contextlib.nullcontext() if stage.trains else ctx.sole_writer()  # trainers write no tables
-    with alone, lineage.told(stage.name, ctx, stage.reads, stage.writes):
+    with alone, ctx.drafted(stage.drafted), lineage.told(stage.name, ctx, stage.reads, stage.writes):
         result: Result = importlib.import_module(stage.module).run(cfg, ctx)
     if os.environ.get("RANK", "0") != "0":
         return result

@@ -61,7 +61,8 @@ class Lake:
 
     def content_commit(self, name: str) -> dict[str, Any]:
         """The last commit that changed rows: what OPTIMIZE, VACUUM and settings commit is the same content to a stage."""
-        commits = self.open(name).history(HISTORY)
+        read, table = self.version(name), DeltaTable(self.path(name))  # of an earlier version delta-rs gives the latest commits as its own
+        commits = [c for c in table.history(HISTORY + table.version() - read) if c["version"] <= read]
         return next((c for c in commits if c.get("operation") not in UPKEEP), commits[-1])
 
     def same_content(self, name: str, one: int, later: int) -> bool:

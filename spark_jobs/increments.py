@@ -38,9 +38,14 @@ class Built:
 
 
 def building(cfg: Config, ctx: Context, stage: str, target: str, source: str) -> Built:
-    """What a build of `target` that begins now is made from. Raises MissingInputError without the source."""
-    base = ctx.lake.version(target) if ctx.lake.exists(target) else -1
-    return Built(source, ctx.lake.version(source), dict(settings_of(get(stage), cfg)), base)
+    """What a build of `target` that begins now is made from. Raises MissingInputError without the source.
+
+    The draft then holds the source as it is read here, though a night published it: later stages belong to what was made from it.
+    """
+    base, version = ctx.lake.version(target) if ctx.lake.exists(target) else -1, ctx.lake.version(source)
+    if not ctx.date:
+        ctx.pin("tables", source, version)
+    return Built(source, version, dict(settings_of(get(stage), cfg)), base)
 
 
 def last_built(ctx: Context, target: str, now: Built) -> Built | None:

@@ -77,8 +77,9 @@ def _places(master: str) -> dict[str, str]:
 
 
 def read(ctx: Context, name: str, version: int | None = None) -> DataFrame:
-    """A table at its latest version, or at an earlier one. Raises MissingInputError naming the stage that builds it."""
+    """A table as the lake reads it, or at another version. Raises MissingInputError naming the stage that builds it."""
     ctx.lake.open(name)
+    version = ctx.lake.pins.get(name) if version is None else version
     reader = ctx.spark.read.format("delta")
     return (reader if version is None else reader.option("versionAsOf", version)).load(ctx.table_path(name))
 

@@ -16,7 +16,8 @@ from gr2.context import Context
 from spark_jobs import evidence, increments, interactions
 from spark_jobs import publish as publishing
 from spark_jobs.publish import Overtaken, publish
-from spark_jobs.session import alter, frame_of
+from spark_jobs.session import alter, frame_of, read
+from validation import leakage
 
 pytestmark = pytest.mark.spark
 BUILT = ("interactions", "histories", "pair_days")
@@ -105,6 +106,25 @@ def test_where_a_night_cannot_be_told_apart_everything_is_built(tmp_path, reason
     publish(whole, "events", frame_of(whole, first))
     night(whole, rest)
     assert contents(ctx) == contents(whole)
+
+
+def test_a_night_within_a_build_is_no_part_of_it(tmp_path):
+    """Nights come between the stages of a build, and after them: its tables belong together, and no check takes that for a leak."""
+    events, tables = log_of(3), ("interactions", "item_stats", "item_pairs")
+    parts = [events.take(list(range(start, events.num_rows, 3))) for start in range(3)]  # each brings late events, too
+    build, later = root(tmp_path, "x"), root(tmp_path, "x", dt.date(2026, 3, 1))
+    publish(build, "events", frame_of(build, parts[0]))
+    interactions.run(build.cfg, build)
+    night(later, parts[1])
+    evidence.run(build.cfg, build)
+    with build.drafted(tables):
+        before = read(build, "interactions").count()
+        assert before == build.lake.read("interactions").num_rows
+    night(later, parts[2])
+    with build.drafted(tables):
+        assert read(build, "interactions").count() == before
+    assert read(build, "interactions").count() > before
+    assert {f["subject"] for f in leakage.audit(build) if not f["passed"]} == set()
 
 
 def test_who_is_overtaken_builds_again(tmp_path, monkeypatch):

@@ -74,8 +74,8 @@ def world(logs: list[list[int]], window: int = 2) -> World:
     }  # fmt: skip
 
 
-def failed(tables: World, *overrides: str) -> set[str]:
-    """Names of the failed checks, through real Delta tables."""
+def failed(tables: World, *overrides: str, night: World | None = None) -> set[str]:
+    """Names of the failed checks, through real Delta tables. `night`: tables that one publishes after the build's are pinned."""
     with tempfile.TemporaryDirectory() as root:
         with artifacts.publish_folder(Path(root), "tokenizer", {}) as folder:
             (folder / "config.json").write_text("{}")
@@ -84,9 +84,12 @@ def failed(tables: World, *overrides: str) -> set[str]:
             "semantic_ids": [{**r, "tokenizer": artifacts.resolve(Path(root), "tokenizer", "").id} for r in tables["semantic_ids"]],
         }
         ctx = Context(load("demo", [f"paths.root={root}", "evidence.window=2", "data.protocol=leave_one_out", *overrides]))
-        for name, rows in tables.items():
+        for name, rows in [*tables.items(), *(night or {}).items()]:
             fields = [f for f in schemas.get(name).arrow() if rows and f.name in rows[0]]
-            write_deltalake(str(Path(root) / "tables" / name), pa.Table.from_pylist(rows, schema=pa.schema(fields)))
+            path = str(Path(root) / "tables" / name)
+            write_deltalake(path, pa.Table.from_pylist(rows, schema=pa.schema(fields)), mode="overwrite")
+            if name not in ctx.pins.get("tables", {}):
+                ctx.pin("tables", name, ctx.lake.version(name))
         found = leakage.audit(ctx)
     assert {f["subject"] for f in found} >= set(leakage.CHECKS)
     return {f["subject"] for f in found if not f["passed"]}
@@ -151,6 +154,19 @@ def test_a_poisoned_future_changes_no_fitted_count_and_fitting_on_it_is_found(lo
     leaked = [{**r, "fit": "train"} for r in other["item_stats"] if r["fit"] == "refit"]
     other["item_stats"] = [r for r in other["item_stats"] if r["fit"] != "train"] + leaked
     assert "item_stats_recount" in failed(other), "statistics fitted on split rerank are not statistics of fit train"
+
+
+def test_a_night_since_a_build_is_no_leak_of_it_and_its_own_lists_are_audited():
+    """Under the time protocol one more day moves all windows, and a late event a user's places."""
+    tables, later = world([LOGS[0], LOGS[1]]), world([[7, *LOGS[0], 6], [7, *LOGS[1], 6]])
+    night = {"interactions": [row | {"event_date": row["event_date"] - dt.timedelta(days=1)} for row in later["interactions"]]}
+    time = "data.protocol=time"
+    assert failed(tables, time, night=night) == set()
+    leak = copy.deepcopy(tables)
+    LEAKS["history_before_target"](leak)
+    assert "history_before_target" in failed(leak, time, night=night)
+    live = {"candidates": [*tables["candidates"], {**tables["candidates"][-1], "history_ids": ["i6"], "as_of": START}]}
+    assert failed(tables, time, night=night | live) == {"history_before_night"}
 
 
 def test_windows_of_the_time_protocol_may_not_overlap():

@@ -1,15 +1,17 @@
 """The table of stages agrees with the contracts, and a stage is up to date exactly when nothing that decides it changed."""
 
+import datetime as dt
 import json
 import threading
 from dataclasses import replace
 
 import pytest
 
-from gr2 import PROJECT, pipeline
+from gr2 import PROJECT, lineage, pipeline
 from gr2.config import Config, load
 from gr2.context import Context, Result
 from gr2.errors import ConfigError
+from tests.tables import put
 
 pytestmark = pytest.mark.unit
 
@@ -94,7 +96,23 @@ def test_processes_are_the_most_that_a_training_names():
 
 def run(cfg: Config, ctx: Context) -> Result:
     """This module stands in for a stage of its own."""
-    return Result(rows_in=3)
+    return Result(rows_in=3, detail=lineage.versions(ctx, ("items",)))
+
+
+def test_a_build_reads_its_draft_and_a_night_what_is_there(ctx):
+    """A night publishes between two stages of a build: the later one neither reads that nor is due for it."""
+    night = Context(ctx.cfg, dt.date(2026, 1, 2))
+    later, first = (pipeline.Stage(name, "tests.unit.test_pipeline", (), ("items",)) for name in ("probe", "evidence"))
+    put(ctx, "items", [{"item_id": "a", "categories": [], "text": "", "has_text": False}])
+    ctx.pin("tables", "items", 0)
+    due = [pipeline.fingerprint(stage, ctx.cfg, ctx) for stage in (later, first)]
+    put(ctx, "items", [])
+    night.pin("tables", "items", 1)
+    assert pipeline.execute(later, ctx.cfg, ctx, "").detail == {"items": 0}
+    assert pipeline.execute(later, ctx.cfg, night, "").detail == {"items": 1}
+    assert pipeline.execute(first, ctx.cfg, ctx, "").detail == {"items": 1}, "what gathers the data takes up what the night brought"
+    assert [pipeline.fingerprint(stage, ctx.cfg, ctx) == was for stage, was in zip((later, first), due, strict=True)] == [True, False]
+    assert ctx.lake.version("items") == 1
 
 
 def test_stages_take_turns_on_s3_and_only_there(tmp_path):
