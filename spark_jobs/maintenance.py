@@ -6,8 +6,8 @@ Writes  no rows: OPTIMIZE rewrites files and VACUUM removes them; contents, and 
 Rerun   harmless: joined files are not joined again, and removed ones are gone.
 Run     gr2 stage maintenance --profile demo
 
-The files of a version are kept while a release that is not retired pins it, and for maintenance.keep_days without any pin; the log, without
-which a version cannot be read either, is kept as long as the oldest pin is old. `gr2 release retire` lets go.
+The files of a version are kept while a release that is not retired pins it, or a build's draft, and for maintenance.keep_days without any
+pin; the log, without which a version cannot be read either, is kept as long as the oldest pin is old. `gr2 release retire` lets go.
 """
 
 import json
@@ -45,12 +45,15 @@ def run(cfg: Config, ctx: Context) -> Result:
 
 
 def live_versions(ctx: Context) -> dict[str, set[int]]:
-    """Table -> versions that a release which is not retired pins."""
-    live: dict[str, set[int]] = {}
+    """Table -> versions that a release which is not retired pins, or is judged by, or that a build under way reads."""
+    found = [Context(ctx.cfg).pins]
     if ctx.lake.exists("releases"):
-        for row in ctx.lake.read("releases", ["pins"], status=["promoted", "superseded"]).to_pylist():
-            for name, version in json.loads(row["pins"]).get("tables", {}).items():
-                live.setdefault(name, set()).add(version)
+        rows = ctx.lake.read("releases", ["pins"], status=["promoted", "superseded"]).to_pylist()
+        found += [json.loads(row["pins"]) for row in rows]
+    live: dict[str, set[int]] = {}
+    for pins in found:
+        for name, version in (*pins.get("tables", {}).items(), *pins.get("judged", {}).items()):
+            live.setdefault(name, set()).add(version)
     return live
 
 

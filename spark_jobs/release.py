@@ -104,12 +104,15 @@ def _retire(ctx: Context, release_id: str) -> Result:
 
 
 def _release(cfg: Config, ctx: Context, promoted: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The draft as a release. Tables that another run published since are as that left them; a night's models are the promoted ones."""
+    """The draft as a release. Tables that another run published since are as that left them.
+
+    A night's models are the promoted ones, with what judges them (`gate.judged`).
+    """
     tables = dict(ctx.pins.get("tables", {}))
     for name, version in promoted.get("tables", {}).items():
         tables[name] = max(version, tables.get(name, -1))
     kept = {k: v for k, v in tables.items() if k not in ("releases", "stage_runs")}
-    pins = {**(promoted if ctx.date else {}), **ctx.pins, "tables": kept}
+    pins = {**(promoted if ctx.date else {}), **ctx.pins, "tables": kept, "judged": gate.judged(promoted if ctx.date else ctx.pins)}
     content = {
         "pins": json.dumps(pins, sort_keys=True),
         "code": _commit(),

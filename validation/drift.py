@@ -10,10 +10,14 @@ import math
 from collections.abc import Mapping
 
 from gr2.context import Context
+from schemas.lake import Lake
 from validation.findings import Finding, finding
+from validation.gate import judged
 
 FEWEST = 50  # rows on either side; with fewer nothing is concluded
 FLOOR = 1e-4  # share that an empty bin counts as
+# of a night its own lists and answers, of the test those that the models were judged by: a build since may have made others
+PARTS = "CREATE VIEW {0} AS FROM {0}_now WHERE split = 'live' UNION ALL BY NAME FROM {0}_judged WHERE split <> 'live'"
 NOW = "event_date = $night AS now"
 BEFORE = "event_date BETWEEN $first AND $night"
 # subject -> (tables, query that gives `now` (true: of the night), `bin`, `n`)
@@ -84,9 +88,15 @@ def audit(ctx: Context, night: dt.date, days: int, limit: float, tokenizer: str,
 
     known = {"night": night, "first": night - dt.timedelta(days=days), "tokenizer": tokenizer, "live": live}
     found = []
+    versions = judged(ctx.promoted)
     with duckdb.connect() as connection:
         for table in sorted({t for tables, _ in INPUTS.values() for t in tables if ctx.lake.exists(t)}):
-            connection.register(table, ctx.lake.dataset(table))
+            if table not in versions:
+                connection.register(table, ctx.lake.dataset(table))
+                continue
+            connection.register(f"{table}_now", ctx.lake.dataset(table))
+            connection.register(f"{table}_judged", Lake(ctx.place, versions).dataset(table))
+            connection.execute(PARTS.format(table))
         for subject, (tables, query) in INPUTS.items():
             if not all(ctx.lake.exists(t) for t in tables):
                 continue

@@ -2,7 +2,7 @@
 
 A request is the same if its user, place and target are (`request_id`, `target_id`). A target that a system's list misses counts as 0:
 the whole system is judged, lists and order. So that hits and misses are of one population, only the seeded sample counts that the models
-were asked for (`sample`), and how much it tells is counted by answers. Versions are those that the promoted release pins, as they were.
+were asked for (`sample`), and how much it tells is counted by answers. Versions are those that judge the promoted release (`judged`).
 """
 
 import math
@@ -28,6 +28,15 @@ class Place(NamedTuple):
 
 
 Places = dict[tuple[str, str], Place]  # (request, target) -> place
+JUDGED = ("candidates", "rerank_scores")
+
+
+def judged(pins: dict[str, dict[str, Any]]) -> dict[str, int]:
+    """Versions of lists and answers that tell how good a release's models are: as the build left them that trained these.
+
+    A night publishes the same tables, and a later version may hold lists of a build that was never promoted.
+    """
+    return {table: version for table, version in {**pins.get("tables", {}), **pins.get("judged", {})}.items() if table in JUDGED}
 
 
 def sample(ids: Iterable[str], cfg: Config) -> list[str]:
@@ -50,7 +59,7 @@ def compare(cfg: Config, ctx: Context) -> Finding | None:
         return finding("gate", f"{model}/{modes[0]}", None, low=cfg.release.min_gain, detail=f"{lacks}; release.gate=false promotes")
     mode, names = modes[0], (f"{model}@{old}", f"{model}@{new}")
     was, became = (
-        target_places(cfg, lake, name, mode) for lake, name in zip((Lake(ctx.place, ctx.promoted["tables"]), ctx.lake), names, strict=True)
+        target_places(cfg, lake, name, mode) for lake, name in zip((Lake(ctx.place, judged(ctx.promoted)), ctx.lake), names, strict=True)
     )
     common = sorted(was.keys() & became.keys())
     subject = f"{model}/{mode} {cfg.release.metric} on {len(common)} validation requests"
@@ -86,7 +95,8 @@ def target_places(cfg: Config, lake: Lake, model_id: str, mode: str) -> Places:
     asked = takewhile(lambda r: lists[r]["target_rank"] is None or r in orders, sample(lists, cfg))
     found: Places = {}
     for row in (lists[request] for request in asked):
-        target, order = row["target_id"], orders.get(row["request_id"]) if row["target_rank"] is not None else None
+        target, order = row["target_id"], orders.get(row["request_id"]) or []
         if target is not None:
-            found[row["request_id"], target] = Place(float(order.index(target) + 1) if order else math.inf, bool(order), row["user_id"])
+            there = row["target_rank"] is not None and target in order
+            found[row["request_id"], target] = Place(float(order.index(target) + 1) if there else math.inf, there, row["user_id"])
     return found

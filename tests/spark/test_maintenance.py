@@ -10,6 +10,7 @@ from event_world import event_table
 from rerank_world import publish_rows
 
 from gr2 import pipeline
+from gr2.context import Context
 from schemas.lake import Lake
 from spark_jobs import maintenance
 from spark_jobs import publish as publishing
@@ -29,9 +30,10 @@ def stats(ctx, count: int) -> int:
     return ctx.lake.version("item_stats")
 
 
-def release(ctx, *others: str, **pins: int) -> None:
-    """Promotes a release with these table versions; `others`: releases beside it, superseded."""
-    row = {"release_id": "r1", "status": "promoted", "profile": "demo", "run_id": "x", "pins": json.dumps({"tables": pins}), "code": "c"}
+def release(ctx, *others: str, judged: int | None = None, **pins: int) -> None:
+    """Promotes a release with these table versions; `others`: releases beside it, superseded. `judged`: the version that judges it."""
+    said = json.dumps({"tables": pins, "judged": {"item_stats": judged} if judged is not None else {}})
+    row = {"release_id": "r1", "status": "promoted", "profile": "demo", "run_id": "x", "pins": said, "code": "c"}
     row |= {"config_hash": "h", "lock_hash": "l", "seed": 1, "promoted_at": dt.datetime(2026, 1, 1, tzinfo=dt.UTC)}
     rows = [row, *(row | {"release_id": other, "status": "superseded"} for other in others)]
     publish_rows(ctx, "releases", rows)
@@ -56,6 +58,16 @@ def test_a_pinned_version_outlives_maintenance_until_its_release_is_retired(make
     maintenance.run(ctx.cfg, ctx)
     assert [readable(ctx, v) for v in (pinned, last)] == [None, 3]
     assert maintenance.run(ctx.cfg, ctx).rows_out == 0, "a rerun finds nothing to do"
+
+
+def test_what_judges_a_release_and_what_a_build_reads_outlive_maintenance(make_ctx):
+    ctx = make_ctx(AT_ONCE)
+    judged, drafted, gone, last = (stats(ctx, n) for n in (1, 2, 3, 4))
+    release(ctx, item_stats=last, judged=judged)
+    ctx.pin("tables", "item_stats", drafted)
+    night = Context(ctx.cfg, dt.date(2026, 1, 2))
+    maintenance.run(night.cfg, night)
+    assert [readable(ctx, v) for v in (judged, drafted, gone, last)] == [1, 2, None, 4]
 
 
 def test_retiring_a_release_erases_none_that_was_published_meanwhile(make_ctx, monkeypatch):

@@ -2,9 +2,11 @@
 
 import datetime as dt
 import math
+import random
 
 import numpy as np
 import pytest
+from test_gate import answer, release, request
 
 import schemas
 from tests.tables import put
@@ -56,6 +58,38 @@ def test_kinds_of_events_that_move_are_found(ctx, share, passes):
     assert found["kinds of events"]["passed"] is passes
     assert found["hours of events"]["passed"]
     assert set(found) == {"kinds of events", "hours of events"}, "what has no table is left out"
+
+
+def test_lists_of_a_build_that_is_not_promoted_move_nothing(ctx):
+    """The released model's answers of the test are held against the lists that it was asked about, whatever lists were made since."""
+    rng = random.Random(1)
+    lists = {split: {f"{split}:u{n}": rng.sample("abcdefgh", 5) for n in range(300)} for split in ("test", "live")}
+
+    def listed(split: str, found: dict[str, list[str]]) -> list[dict]:
+        own = {"split": split, "night": str(NIGHT) if split == "live" else "none"}
+        return [request(0) | own | {"request_id": name, "candidate_ids": ids} for name, ids in found.items()]
+
+    answers = []
+    for row in [row for split, found in lists.items() for row in listed(split, found)]:
+        first = rng.choices(row["candidate_ids"], [5, 2, 1, 1, 1])[0]
+        order = [first, *(item for item in row["candidate_ids"] if item != first)]
+        answers.append(answer(0, "old", 1) | {key: row[key] for key in ("request_id", "split", "night")} | {"new_order": order})
+
+    def measured() -> list:
+        found = drift.audit(ctx, NIGHT, 28, 0.25, "", ["rl@old/score"])
+        assert [f["subject"] for f in found] == ["incoming place of the first choice", "answers that failed"]
+        return found
+
+    put(ctx, "rerank_scores", answers)
+    put(ctx, "candidates", listed("test", lists["test"]))
+    release(ctx, "old")
+    put(ctx, "candidates", listed("test", lists["test"]) + listed("live", lists["live"]))
+    before = measured()
+    assert before[0]["value"] < 0.25
+    other = {name: ids[1:] + ids[:1] for name, ids in lists["test"].items()}
+    put(ctx, "candidates", listed("test", other) + listed("live", lists["live"]))
+    put(ctx, "rerank_scores", [row for row in answers if row["split"] == "live"])
+    assert measured() == before
 
 
 def test_too_few_rows_conclude_nothing(ctx):

@@ -2,13 +2,16 @@
 
 import datetime as dt
 import json
+import math
 import re
 
 import numpy as np
 import pytest
 
 import schemas
+from gr2.context import Context
 from spark_jobs import prompting, rerank_scores
+from spark_jobs.release import _release
 from tests.tables import put
 from validation import gate
 
@@ -125,6 +128,46 @@ def test_a_release_whose_sample_was_smaller_is_compared_on_that(make_ctx):
     ctx.pin("models", "rl", "new")
     found = gate.compare(ctx.cfg, ctx)
     assert 40 <= int(re.search(r"on (\d+) validation requests", found["subject"])[1]) < 60, "up to the next request that has its target"
+
+
+def promote(ctx, lists: list[dict], answers: list[dict], digest: str) -> None:
+    """A build's lists and answers, and its release by the stage's own code."""
+    put(ctx, "candidates", lists)
+    put(ctx, "rerank_scores", answers)
+    ctx.pin("models", "rl", digest)
+    succeed(ctx)
+
+
+def succeed(ctx) -> None:
+    """Promotes a context's draft with the tables as they are."""
+    for table in gate.JUDGED:
+        ctx.pin("tables", table, ctx.lake.version(table))
+    put(ctx, "releases", [_release(ctx.cfg, ctx, ctx.promoted)])
+
+
+@pytest.mark.parametrize("listed", [10, 2])
+def test_a_night_while_new_models_are_made_changes_nothing_of_the_comparison(make_ctx, listed):
+    """The new lists lose a tenth, or half, of the targets; the night's release pins the tables as the retraining has left them by then."""
+    ctx = make_ctx()
+    lost = [n for n in range(200) if n % listed == 0]
+    old, new = ([answer(n, digest, place) for n in range(200)] for digest, place in (("old", 2), ("new", 1)))
+    promote(ctx, [request(n) for n in range(200)], old, "old")
+    put(ctx, "candidates", [request(n, n not in lost) for n in range(200)])
+    put(ctx, "rerank_scores", old + [row for n, row in enumerate(new) if n not in lost])
+    ctx.pin("models", "rl", "new")
+    alone = gate.compare(ctx.cfg, ctx)
+    for day in (1, 2):
+        succeed(Context(ctx.cfg, dt.date(2026, 1, day)))
+    assert gate.compare(ctx.cfg, ctx) == alone
+    assert alone["passed"] is (listed == 10)
+
+
+def test_an_answer_to_another_list_is_none(make_ctx):
+    ctx = make_ctx()
+    put(ctx, "candidates", [request(n) for n in range(80)])
+    put(ctx, "rerank_scores", [answer(n, "old", 3) | ({} if n % 2 else {"new_order": ["a", "b", "x", "d", "e"]}) for n in range(80)])
+    places = gate.target_places(ctx.cfg, ctx.lake, "rl@old", "score")
+    assert {(place.rank, place.answered) for place in places.values()} == {(3.0, True), (math.inf, False)}
 
 
 @pytest.mark.parametrize("silent", ["old", "new"])
