@@ -2,7 +2,8 @@
 
 Reads   raw files of the profile's source (`sources.py`); simulated days are written first where they are missing.
 Writes  `events` (one user-item event; event_id), `quarantine` (one refused row; quarantine_id).
-Rerun   both tables are insert-only on a key that is a hash of content: rows that are there are left as they are.
+Rerun   both tables are insert-only on a key that is a hash of content: rows that are there are left as they are, and so is a day that
+        was filled in.
 Run     gr2 stage events --profile demo [--date 2026-01-05]
 
 Rows in = new rows published + duplicates + rows refused (DESIGN contract 5), and every accepted row is looked for in the table after.
@@ -177,7 +178,7 @@ def _ingest(cfg: Config, ctx: Context, judged: DataFrame, raw: sources.Raw) -> R
         keep()  # which raises: nothing else is published
     good_rows, fill = judged.where(F.col("reason").isNull()), raw.files.order == "position"
     (distinct, added, lost), detail["unknown_columns"], _ = together(
-        lambda: _accept(ctx, to_events(good_rows, cfg.data.source, cfg.data.period, fill)),
+        lambda: _accept(ctx, to_events(good_rows, cfg.data.source, cfg.data.period, fill), fill),
         lambda: readers.unknown_columns(judged) if unknown else {},
         keep,
     )
@@ -193,13 +194,16 @@ def _ingest(cfg: Config, ctx: Context, judged: DataFrame, raw: sources.Raw) -> R
     return Result(rows_in=rows_in, rows_out=added, quarantined=refused, duplicates=duplicates, detail={**detail, **late})
 
 
-def _accept(ctx: Context, accepted: DataFrame) -> tuple[int, int, int]:
-    """Publishes events. Returns how many there are, how many were new, and how many are not in the table afterwards."""
+def _accept(ctx: Context, accepted: DataFrame, fill: bool) -> tuple[int, int, int]:
+    """Publishes events. Returns how many there are, how many were new, and how many are not in the table afterwards.
+
+    `fill`: a day that was filled in may be another today, and with it the period of an event that is there.
+    """
     events = accepted.persist(StorageLevel.MEMORY_AND_DISK)
     try:
         by_period = {row["period"]: row["count"] for row in events.groupBy("period").count().collect()}
-        added = publish(ctx, "events", events)
-        there = read(ctx, "events").where(F.col("period").isin(*by_period)).select("event_id")
-        return sum(by_period.values()), added, events.join(there, on="event_id", how="left_anti").count()
+        added = publish(ctx, "events", events, moving=fill)
+        there = read(ctx, "events") if fill else read(ctx, "events").where(F.col("period").isin(*by_period))
+        return sum(by_period.values()), added, events.join(there.select("event_id"), on="event_id", how="left_anti").count()
     finally:
         events.unpersist()

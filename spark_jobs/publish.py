@@ -46,10 +46,13 @@ def reached(point: str, name: str) -> None:
     """The named points of a publish: begun, staged, audited, committed, cleaned. Tests kill a job at them, or hold it there."""
 
 
-def publish(ctx: Context, name: str, frame: DataFrame, partition: Partition | None = None, built: "Built | None" = None) -> int:
+def publish(
+    ctx: Context, name: str, frame: DataFrame, partition: Partition | None = None, built: "Built | None" = None, moving: bool = False
+) -> int:
     """Publishes `frame` as table `name` (or as some of its partitions) and pins the version. Returns rows published (insert: added).
 
     `built`: what the rows were made from; it goes into the commit, and the rows go onto the version that the build started from or nowhere.
+    `moving`: a row that is there may lie in another partition than it has now; its key is looked for in all of them.
     Raises AuditError if the frame's columns are not the contract's, or if the written rows break a law, the key or the suite; Overtaken
     if another run published the table since.
     """
@@ -64,7 +67,7 @@ def publish(ctx: Context, name: str, frame: DataFrame, partition: Partition | No
     reached("audited", name)
     target, reshaped = _ensure(ctx, table, whole=partition is None)
     if table.mode == "insert":
-        count = _insert(table, target, written, {c: observed[f"values({c})"] for c in table.partition_by})
+        count = _insert(table, target, written, {} if moving else {c: observed[f"values({c})"] for c in table.partition_by})
     else:
         if reshaped or there != (int(observed["rows"]), str(observed["content"] or 0)):
             _replace(ctx, table, written, where, built, reshaped)
@@ -231,12 +234,12 @@ def _not_overtaken(ctx: Context, name: str, base: int, found: int) -> None:
 
 
 def _insert(table: Table, target: DeltaTable, written: DataFrame, only: Partition) -> int:
-    """Adds the rows whose key is new. `only`: the partitions that they lie in.
+    """Adds the rows whose key is new. `only`: the partitions that they lie in; without them a key is looked for in all.
 
     Two writers of one key conflict in Delta's log; the later one retries and then finds it.
     """
     keys = list(table.key)
-    on = " AND ".join(f"old.{k} = new.{k}" for k in [*keys, *(c for c in table.partition_by if c not in keys)])
+    on = " AND ".join(f"old.{k} = new.{k}" for k in [*keys, *(c for c in only if c not in keys)])
     if not all(only.values()):
         return 0
     if only:  # as values: only so are the other partitions left unread

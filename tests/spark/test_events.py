@@ -245,6 +245,21 @@ def test_reviews_keep_their_order_and_unknown_days_are_filled_from_their_neighbo
     assert {r["kind"] for r in found} == {"review"}
 
 
+def test_a_day_that_is_filled_in_later_makes_no_second_event(amazon):
+    """The user's first time gives a day, and with it another period, to what was ingested without any."""
+    ctx, folder = amazon
+    rows = ["user_id,item_id,position,timestamp", "1,3,1,", "1,4,2,"]
+    write(folder / "interactions.csv.gz", rows)
+    assert events.run(ctx.cfg, ctx).rows_out == 2
+    write(folder / "interactions.csv.gz", [*rows, f"1,5,3,{seconds('2014-03-01')}", "1,6,4,"])
+    result = events.run(ctx.cfg, ctx)
+    assert (result.rows_in, result.rows_out, result.duplicates) == (4, 2, 2)
+    found = ctx.lake.read("events", order_by=["source_order"]).to_pylist()
+    assert [(r["item_id"], r["period"]) for r in found] == [("3", "1970"), ("4", "1970"), ("5", "2014"), ("6", "2014")]
+    assert interactions.run(ctx.cfg, ctx).rows_out == 4
+    assert events.run(ctx.cfg, ctx).rows_out == 0
+
+
 def test_without_the_csv_file_the_sequences_are_read(amazon):
     ctx, folder = amazon
     write(folder / "sequences.txt.gz", ["1 10 11 10", "2 12", "3", "4 13 {bad}"])
