@@ -44,7 +44,7 @@ def _build(cfg: Config, ctx: Context) -> Result:
     pairs = ctx.lake.read("item_pairs", ["item_id", "next_item_id", "weight"], order_by=["item_id", "next_item_id"], fit="train")
     ids, texts = items["item_id"].to_pylist(), items["text"].to_pylist()
     linked = (pairs["item_id"].to_pylist(), pairs["next_item_id"].to_pylist(), pairs["weight"].to_numpy())
-    embedder = _embedder(cfg, ctx, ids, texts, linked)
+    embedder, now.settings["embedder"] = _embedder(cfg, ctx, ids, texts, linked)  # a tokenizer reads vectors of one projection only
     settings = cfg.embeddings
     vectors = {text_model(settings): encode_texts(settings.encoder, texts) if settings.encoder else embedder.text(texts)}
     if settings.collaborative_dim:
@@ -64,18 +64,20 @@ def rows(ids: list[str], model: str, vectors_ND: Floats) -> pa.Table:
     return pa.table({"item_id": ids, "model": [model] * len(ids), "vector": vector}).select(get("item_embeddings").names())
 
 
-def _embedder(cfg: Config, ctx: Context, ids: list[str], texts: list[str], linked: tuple[list[str], list[str], Any]) -> Embedder:
-    """The projection: the one that is there, if it is frozen and was fitted under the same settings; else a new one."""
+def _embedder(
+    cfg: Config, ctx: Context, ids: list[str], texts: list[str], linked: tuple[list[str], list[str], Any]
+) -> tuple[Embedder, str]:
+    """The projection and its id: the one that is there, if it is frozen and was fitted under the same settings; else a new one."""
     wanted = {**cfg.embeddings.model_dump(mode="json", exclude={"frozen", "collaborative_weight"}), "seed": cfg.seed}
     if cfg.embeddings.frozen or ctx.date:
         try:
             current = ctx.model("embedder", "item_embeddings")
             if current.manifest["settings"] == wanted:
                 ctx.log(f"item vectors: keeping the frozen projection {current.id}")
-                return Embedder.load(current.path)
+                return Embedder.load(current.path), current.id
         except MissingInputError:
             ctx.log("item vectors: no frozen projection yet, fitting one")
     embedder = fit(cfg.embeddings, cfg.seed, ids, texts, *linked)
     with artifacts.publish_folder(ctx.root, "embedder", {"settings": wanted, "items": len(ids)}) as folder:
         embedder.save(folder, wanted)
-    return embedder
+    return embedder, artifacts.resolve(ctx.root, "embedder", "item_embeddings").id

@@ -2,7 +2,7 @@
 
 Reads    `item_embeddings`, the model `tokenizer`, the codes that it gave before, and `item_pairs` of fit `train` (health only).
 Writes   `semantic_ids`: one item and tokenizer version; key tokenizer, item_id. One partition a version, named by the model's id.
-         `work/audits/semantic_ids.json`: the health figures as rows for `audits`.
+         `work/audits/semantic_ids.json`: the health figures as rows for `audits`; of a night in a folder of its own.
 Rerun    items that have codes under this version keep them, row for row; only new items get codes, among the free ones
          (DESIGN contract 8). At night an item without any text waits. Without new items the content stays equal.
 
@@ -17,8 +17,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from gr2.artifacts import Artifact
 from gr2.config import Config, Embeddings, Tokenizer
 from gr2.context import Context, Result
+from gr2.errors import MissingInputError
 from gr2.sids import to_text
 from schemas import get
 from spark_jobs.increments import building, until_settled
@@ -26,7 +28,7 @@ from spark_jobs.publish import publish
 from spark_jobs.session import frame_of
 from training.codebooks import Codebooks, Floats
 from training.collisions import separate
-from training.tokenizer import item_vectors, pair_rows
+from training.tokenizer import embedder_of, item_vectors, pair_rows
 from validation import sid_health
 
 TABLE = get("semantic_ids")
@@ -43,6 +45,7 @@ def _build(cfg: Config, ctx: Context) -> Result:
     model = ctx.model("tokenizer", "tokenizer")
     books, config = Codebooks.load(model.path)
     settings = Tokenizer.model_validate(config["settings"]["tokenizer"])  # as it was fitted, whatever the profile says today
+    _same_space(ctx, model)
     ids, vectors_NV = item_vectors(ctx, Embeddings.model_validate(config["settings"]["embeddings"]))
     old = _published(ctx, model.id)
     if ctx.date and (waiting := _nameless(ctx) - set(old["item_id"].to_pylist())):
@@ -55,11 +58,22 @@ def _build(cfg: Config, ctx: Context) -> Result:
     if new.num_rows and old.num_rows:
         found["drift: residual of new items over fitted"] = _mean(new["residual"]) / max(config["mean_residual"], 1e-9)
     audits = sid_health.audits(found, cfg.tokenizer.min_uniqueness)
-    (ctx.work("audits") / "semantic_ids.json").write_text(json.dumps(audits, indent=1))
+    folder = ctx.work("audits", ctx.runs.name) if ctx.date else ctx.work("audits")  # what a build's `evaluation` takes up is its own
+    (folder / "semantic_ids.json").write_text(json.dumps(audits, indent=1))
     sid_health.gate(audits, books.builder)
     publish(ctx, "semantic_ids", frame_of(ctx, table), partition={"tokenizer": model.id}, built=now)
     detail = {"tokenizer": model.id, "added": new.num_rows, **found}
     return Result(rows_in=len(ids), rows_out=table.num_rows, detail=detail)
+
+
+def _same_space(ctx: Context, model: Artifact) -> None:
+    """Raises MissingInputError where the vectors are of another projection than the tokenizer was fitted on: a code stays for good."""
+    fitted, found = model.manifest.get("embedder"), embedder_of(ctx)
+    if fitted and found and fitted != found:
+        raise MissingInputError(
+            f"item_embeddings holds vectors of {found}, and {model.id} was fitted on those of {fitted}: "
+            + (f"run `gr2 stage item_embeddings --date {ctx.date}` again" if ctx.date else "run `gr2 run --from item_embeddings`")
+        )
 
 
 def added_rows(

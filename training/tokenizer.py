@@ -34,7 +34,8 @@ def run(cfg: Config, ctx: Context) -> Result:
         ctx.log(f"tokenizer: keeping the frozen {kept.id}")
         return Result(detail={"tokenizer": kept.id, "kept": True})
     ids, vectors_NV = item_vectors(ctx, cfg.embeddings)
-    manifest = {"settings": settings, "items": len(ids), "tables": {"item_embeddings": ctx.lake.content_version("item_embeddings")}}
+    tables = {"item_embeddings": ctx.lake.content_version("item_embeddings")}
+    manifest = {"settings": settings, "items": len(ids), "tables": tables, "embedder": embedder_of(ctx)}
     with artifacts.publish_folder(ctx.root, "tokenizer", manifest) as folder:
         books = _fit(cfg, ctx, ids, vectors_NV, folder)
         residual_N = books.encode(vectors_NV)[1]
@@ -75,6 +76,12 @@ def item_vectors(ctx: Context, settings: Embeddings) -> tuple[list[str], Floats]
         vectors_NV = np.hstack([vectors_NV, settings.collaborative_weight * pairs_ND])
     norms_N1 = np.linalg.norm(vectors_NV, axis=1, keepdims=True)
     return ids, (vectors_NV / np.where(norms_N1 > 0, norms_N1, 1)).astype(np.float32)
+
+
+def embedder_of(ctx: Context) -> str:
+    """Id of the projection that made the item vectors, as their commit says; empty where it does not."""
+    told = json.loads(ctx.lake.content_commit("item_embeddings").get("userMetadata") or "{}")
+    return str(told.get("settings", {}).get("embedder", ""))
 
 
 def vectors_of(ctx: Context, model: str) -> tuple[list[str], Floats]:

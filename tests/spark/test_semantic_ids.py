@@ -1,5 +1,6 @@
 """Codes of items, end to end: vectors -> tokenizer -> table; a bijection that new items do not disturb."""
 
+import datetime as dt
 import json
 from collections.abc import Callable
 from typing import Any
@@ -11,8 +12,10 @@ from item_world import put_items, put_pairs
 from gr2 import sids
 from gr2.context import Context
 from gr2.errors import AuditError, MissingInputError
+from schemas import get
 from spark_jobs import item_embeddings, semantic_ids
 from spark_jobs import publish as publishing
+from tests.tables import put
 from training import tokenizer
 
 pytestmark = pytest.mark.spark
@@ -84,6 +87,36 @@ def test_bijection_rerun_and_inserts(make_ctx: Callable[..., Context]) -> None:
     )  # other settings, not frozen: a new version, twice the same
     hashes = [tokenizer.run(thawed.cfg, thawed).detail["tokenizer"] for _ in range(2)]
     assert hashes[0] == hashes[1] != made.id
+
+
+def test_codes_come_from_vectors_of_the_projection_that_the_tokenizer_knows(make_ctx: Callable[..., Context]) -> None:
+    """Another build's vectors are refused by name, as wide as they are; the build itself reads its own, and a night makes them anew."""
+    settings = [*SMALL, "tokenizer.builder=rqkmeans", "tokenizer.min_uniqueness=0"]
+    ctx, other = make_ctx(settings), make_ctx([*settings, "seed=9"])
+    ids = put_items(ctx, 20)
+    put_pairs(ctx, ids, "train", shift=0)
+    for stage in (item_embeddings, tokenizer, semantic_ids):
+        stage.run(ctx.cfg, ctx)
+    first, pins = codes(ctx), dict(ctx.pins["tables"])
+    released = {name: ctx.model(name, "").hash for name in ("embedder", "tokenizer")}
+    assert ctx.model("tokenizer", "").manifest["embedder"] == ctx.model("embedder", "").id
+    put_items(ctx, 24)
+    item_embeddings.run(other.cfg, other)
+    assert other.model("embedder", "").hash != released["embedder"]
+    with pytest.raises(MissingInputError, match=r"item_embeddings holds vectors of embedder@\w+, and tokenizer@\w+ was fitted on those of"):
+        semantic_ids.run(ctx.cfg, ctx)
+    ctx.pin("tables", "item_embeddings", pins["item_embeddings"])
+    with ctx.drafted(["item_embeddings"]):
+        assert semantic_ids.run(ctx.cfg, ctx).detail["added"] == 0
+    assert codes(ctx) == first
+    row = dict.fromkeys(get("releases").names(), "") | {"status": "promoted", "pins": json.dumps({"models": released}), "seed": 1}
+    put(ctx, "releases", [row | {"promoted_at": dt.datetime(2026, 1, 1, tzinfo=dt.UTC)}])
+    night, before = Context(ctx.cfg, dt.date(2026, 1, 2)), audits(ctx)
+    with pytest.raises(MissingInputError, match="item_embeddings --date 2026-01-02"):
+        semantic_ids.run(night.cfg, night)
+    item_embeddings.run(night.cfg, night)
+    assert semantic_ids.run(night.cfg, night).detail["added"] == 4
+    assert audits(ctx) == before, "a build's audits are its own"
 
 
 def test_of_two_nights_at_once_neither_loses_the_others_items(make_ctx: Callable[..., Context], monkeypatch: pytest.MonkeyPatch) -> None:
