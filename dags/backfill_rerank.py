@@ -3,8 +3,9 @@
     airflow dags trigger backfill_rerank --conf '{"first": "2026-01-20", "last": "2026-01-28", "model": "opd+rl", "mode": "think"}'
     airflow backfill create --dag-id backfill_rerank --from-date 2026-01-20 --to-date 2026-01-28 --dag-run-conf '{"model": "sft"}'
 
-On its own parameters a run does the days from `first` to `last`; in a backfill each run does its logical date. Answers that are there are
-not asked again; nothing here starts another DAG.
+On its own parameters a run does the days from `first` to `last`; in a backfill each run does its logical date. Lists that are there stay
+as they were served; a day without lists gets those of the pre-ranker that is out, which may know what followed. Answers that are there are
+not asked again. Nothing here starts another DAG.
 """
 
 import datetime as dt
@@ -52,7 +53,7 @@ def days_of(params: dict[str, Any], ds: str | None) -> list[str]:
     doc_md=__doc__,
 )
 def backfill_rerank() -> None:
-    """The days one after the other: each makes its lists anew (equal ones stay as they are), then asks the model."""
+    """The days one after the other: each makes its lists where data or settings changed since, then asks the model."""
 
     @task(on_failure_callback=tell)
     def days(params: dict[str, Any] | None = None, ds: str | None = None, dag_run: object = None) -> list[str]:

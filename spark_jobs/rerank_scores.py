@@ -129,14 +129,14 @@ def chosen(cfg: Config, ctx: Context, split: str) -> tuple[list[str], list[str]]
 
 def asks(cfg: Config, ctx: Context, models: list[Artifact]) -> pa.Table:
     """One row for each answer that the table does not hold yet (schema ASKED)."""
-    nights = nights_of(ctx, models) if ctx.date else [EXPERIMENT]
-    known, stale = _known(ctx, models, nights), 0
+    nights = nights_of(ctx, models) if ctx.date else {EXPERIMENT: None}
+    known, stale = _known(ctx, models, list(nights)), 0
     bases = {model.name: base_of(ctx, model) if model.name in COMPRESSORS else model for model in models}
     renderers = _renderers(cfg, ctx, models, bases)
     parts = [ASKED.empty_table()]
     modes = modes_of(cfg, ctx)
     if ctx.date:
-        shown = [(views(ctx, cfg, "live", night=night), modes) for night in nights]
+        shown = [(views(ctx, cfg, "live", lists, night=night), modes) for night, lists in nights.items()]
     else:
         shown = [(_shown(cfg, ctx, split), modes) for split in cfg.scoring.splits]
     if not ctx.date and cfg.release.gate and "valid" not in cfg.scoring.splits:
@@ -173,20 +173,23 @@ def _shown(cfg: Config, ctx: Context, split: str) -> Iterator[Shown]:
         yield from views(ctx, cfg, split, audited, again)
 
 
-def nights_of(ctx: Context, models: list[Artifact]) -> list[str]:
-    """The night, and others that these models answered for and whose lists were made again since."""
-    ids = [model.id for model in models]
+def nights_of(ctx: Context, models: list[Artifact]) -> dict[str, list[str] | None]:
+    """Night -> its lists to ask about: all (None) of the run's night; of others that these models answered for, those made again since.
+
+    Whichever version was out then: what it answered stands.
+    """
     lists = ctx.lake.read("candidates", ["night", "request_id"], split="live")
     scored = (
-        ctx.lake.read("rerank_scores", ["night", "request_id"], split="live", model_id=ids)
+        ctx.lake.read("rerank_scores", ["night", "request_id"], split="live", model=[model.name for model in models])
         if ctx.lake.exists("rerank_scores")
         else lists.slice(0, 0)
     )
     answered, known = set(scored["request_id"].to_pylist()), set(scored["night"].to_pylist())
-    again = {
-        n for n, r in zip(lists["night"].to_pylist(), lists["request_id"].to_pylist(), strict=True) if n in known and r not in answered
-    }
-    return sorted({str(ctx.date), *again})
+    found: dict[str, list[str] | None] = {str(ctx.date): None}
+    for night, request in zip(lists["night"].to_pylist(), lists["request_id"].to_pylist(), strict=True):
+        if night in known and request not in answered and (again := found.setdefault(night, [])) is not None:
+            again.append(request)
+    return dict(sorted(found.items()))
 
 
 def _gate_views(cfg: Config, ctx: Context) -> Iterator[Shown]:

@@ -1,6 +1,7 @@
 """A night's lists: users of the day, what was known at its end, evidence without a future; equal in whichever order nights come."""
 
 import datetime as dt
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,13 @@ from event_world import day_events
 from rerank_world import publish_rows, vector_rows
 from sequence_world import ITEMS, START, catalogue, model_named, sasrec_named
 
+import schemas
+from gr2 import artifacts
+from gr2.artifacts import Artifact
 from gr2.config import load
 from gr2.context import Context
 from gr2.errors import InputError
-from spark_jobs import candidates, drift, evidence, interactions, night_lists
+from spark_jobs import candidates, drift, evidence, interactions, night_lists, rerank_scores
 from spark_jobs.publish import publish
 from spark_jobs.session import frame_of
 from tests.tables import put
@@ -116,24 +120,71 @@ def test_a_list_holds_what_was_known_that_night_and_was_never_chosen(tmp_path):
     assert len(row["prior_scores"]) == len(row["candidate_ids"]) == 7
 
 
+def promote_others(ctx: Context) -> None:
+    """Other models than those of the world: a tokenizer that gives each item another's codes, a pre-ranker, a model of whole items."""
+    with artifacts.publish_folder(ctx.root, "tokenizer", {}) as folder:
+        (folder / "config.json").write_text("{}")
+    codes = ctx.lake.read("semantic_ids", order_by=["item_id"]).to_pylist()
+    other = [
+        row | {"item_id": of["item_id"], "tokenizer": ctx.model("tokenizer", "x").id} for row, of in zip(codes, codes[::-1], strict=True)
+    ]
+    put(ctx, "semantic_ids", codes + other)
+    model_named(ctx, "midtrain-refit", seed=9)
+    sasrec_named(ctx, "sasrec-refit", seed=9)
+
+
 def test_a_past_night_stands_while_its_data_do_whichever_pre_ranker_is_out(tmp_path):
     ctx = night_of(tmp_path, 30)
     world(ctx)
     run_night(tmp_path, 30, LOG[30])
     before = lists(ctx)
-    model_named(ctx, "midtrain-refit", seed=9)
+    promote_others(ctx)
     run_night(tmp_path, 31, LOG[31])
     after = {name: [r for r in rows if r["request_id"] in {b["request_id"] for b in before[name]}] for name, rows in lists(ctx).items()}
     assert after == before
     assert {r["model_id"] for r in lists(ctx)["candidates"]} == {before["candidates"][0]["model_id"], ctx.model("midtrain-refit", "x").id}
+    version = ctx.lake.version("candidates")
+    run_night(tmp_path, 30, [])
+    assert ctx.lake.version("candidates") == version, "a night that is asked for again stands, too"
     nights = [START + dt.timedelta(days=d) for d in (30, 31)]
-    known = night_lists.made_from(ctx, nights)
+    tokenizers = dict.fromkeys(nights, ctx.model("tokenizer", "x").hash)
+    known = night_lists.made_from(ctx, tokenizers)
     for table in ("histories", "pair_days"):  # published apart from the interactions, they may come later than these
         rows = ctx.lake.read(table, order_by=["as_of" if table == "histories" else "event_date"]).to_pylist()
         publish_rows(ctx, table, rows[:-1])
-        found = night_lists.made_from(ctx, nights)
+        found = night_lists.made_from(ctx, tokenizers)
         assert [found[n] == known[n] for n in nights] == [True, False]
         publish_rows(ctx, table, rows)
+
+
+def test_a_late_event_changes_lists_of_a_past_night_by_the_models_of_that_night(tmp_path):
+    world(night_of(tmp_path, 30))
+    ctx = run_night(tmp_path, 30, LOG[30])
+    served = lists(ctx)["candidates"]
+    old, *_ = {row["model_id"] for row in served}
+    promote_others(ctx)
+    scored = dict.fromkeys(schemas.get("rerank_scores").names(), "") | {"model": "rl", "model_id": "rl@old", "split": "live"}
+    scored |= dict.fromkeys(("new_order", "label_logprobs")) | {"labels": [], "shown": []}
+    scored |= dict.fromkeys(("replica", "prompt_tokens", "completion_tokens", "seconds"), 0)
+    put(ctx, "rerank_scores", [scored | {"request_id": r["request_id"], "night": r["night"]} for r in served])
+
+    later = run_night(tmp_path, 31, [*LOG[31], ("e", 9, 30)])
+    found = ctx.lake.read("candidates", order_by=["request_id"], night="2026-01-31").to_pylist()
+    kept = [row for row in found if row["user_id"] != "e"]
+    assert kept == [row | {"prior_scores": pytest.approx(row["prior_scores"], abs=1e-5)} for row in served], "but for what shares a batch"
+    (late,) = (row for row in found if row["user_id"] == "e")
+    assert late["model_id"] == old
+    new = Artifact("rl", "new", tmp_path, {})
+    assert rerank_scores.nights_of(later, [new]) == {"2026-01-31": [late["request_id"]], "2026-02-01": None}
+
+    shorter = Context(load("demo", [f"paths.root={tmp_path}", *SETTINGS, "candidates.n=4"]), ctx.date)
+    candidates.run(shorter.cfg, shorter)
+    asked = ctx.lake.read("candidates", order_by=["request_id"], night="2026-01-31").to_pylist()
+    assert [row["candidate_ids"] for row in asked] == [row["candidate_ids"][:4] for row in found], "other settings, the same models"
+    shutil.rmtree(tmp_path / "models" / old.replace("@", "/"))
+    run_night(tmp_path, 32, [("f", 9, 30)])
+    assert ctx.lake.read("candidates", order_by=["request_id"], night="2026-01-31").to_pylist() == asked, "nothing can make it again"
+    assert "1 other nights have other data now, but the models" in (tmp_path / "logs" / "gr2.log").read_text()
 
 
 def test_evidence_as_of_a_night_holds_no_later_day(straight):
