@@ -52,7 +52,7 @@ class Form:
 
 
 def scored(engine: VLLMEngine, ctx: Context, rows: Sequence[dict[str, Any]], targets: dict[str, str]) -> Form:
-    """Asks, and orders as the stage does: by each label's log-probability less its mean."""
+    """Asks, and orders as the stage does: by each label's log-probability less its prior."""
     prompts = [row["prompts"][0] for row in rows]
     engine.vectors = vectors_of(ctx, rows[0]["model_id"], prompts) if rows[0]["model"] == "latents" else None
     labels = LABELS[: max(len(row["labels"]) for row in rows)]
@@ -63,7 +63,7 @@ def scored(engine: VLLMEngine, ctx: Context, rows: Sequence[dict[str, Any]], tar
     seconds = time.perf_counter() - started
     logprobs = [found_Y[[labels.index(label) for label in row["labels"]]] for row, found_Y in zip(rows, found_BY, strict=True)]
     answers = [{**{k: row[k] for k in ("model_id", "mode", "labels")}, "logprobs": own} for row, own in zip(rows, logprobs, strict=True)]
-    prior = label_priors(ctx, pa.Table.from_pylist(answers))[rows[0]["model_id"]]
+    prior = label_priors(pa.Table.from_pylist(answers))[rows[0]["model_id"]]
     orders = [score_order(r["candidates"], r["labels"], own.tolist(), prior) for r, own in zip(rows, logprobs, strict=True)]
     ranks = [order.index(targets[row["request_id"]]) + 1 for row, order in zip(rows, orders, strict=True)]
     return Form([len(ids) for ids in engine.encode(prompts)], orders, logprobs, ranks, seconds)

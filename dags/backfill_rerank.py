@@ -5,7 +5,8 @@
 
 On its own parameters a run does the days from `first` to `last`; in a backfill each run does its logical date. Lists that are there stay
 as they were served; a day without lists gets those of the pre-ranker that is out, which may know what followed. Answers that are there are
-not asked again. Nothing here starts another DAG.
+not asked again. In the mode score a model is judged by what it scored of the experiment's lists: where that is nothing, the task fails and
+says what to run. Nothing here starts another DAG.
 """
 
 import datetime as dt

@@ -10,9 +10,10 @@ A rerun is harmless: what the table holds is not asked again; decoding is greedy
 published: a run that was killed goes on where it stopped. A request that cannot be read or answered is a row with the failure's name.
 
 Modes: think and direct generate; score orders by the labels' log-probabilities at the first answer position, less the label's prior
-(its mean over all scored requests of the model: what the label's name alone is worth), summed over scoring.shuffles of the list
-(permutation self-consistency, METHOD 5: all their prompts count as tokens). `latents` and `brief` in scoring.models (modes direct and
-score) are what the model `rl` answers to compressed contexts (METHOD 9); their rows count the tokens of what it read.
+(what its name alone is worth, over all lists of the experiment that the model scored: no night is scored without), summed over
+scoring.shuffles of the list (permutation self-consistency, METHOD 5: all their prompts count as tokens). `latents` and `brief` in
+scoring.models (modes direct and score) are what the model `rl` answers to compressed contexts (METHOD 9); their rows count the tokens of
+what it read.
 
     gr2 stage rerank_scores --profile P [--date 2026-01-05]
 """
@@ -72,8 +73,13 @@ KEY = ("request_id", "model_id", "mode", "replica")
 
 
 def run(cfg: Config, ctx: Context) -> Result:
-    """Scores what is not in the table yet. Raises MissingInputError if no configured model exists, EngineError if none can be served."""
+    """Scores what is not in the table yet.
+
+    Raises MissingInputError if no configured model exists, or one has no label priors for a night, EngineError if none can be served.
+    """
     models = scored_models(cfg, ctx)
+    if ctx.date:
+        check_priors(cfg, ctx, models)
     asked = asks(cfg, ctx, models)
     ctx.log(f"rerank_scores: {asked.num_rows} answers to come from {', '.join(m.id for m in models)}")
     if not asked.num_rows:
@@ -87,7 +93,8 @@ def run(cfg: Config, ctx: Context) -> Result:
             raise EngineError(
                 f"the engine job gave {values.num_rows} of {asked.num_rows} answers, nothing was published: see the worker's log above"
             )
-        prior = label_priors(ctx, values.select(["model_id", "mode", "labels", "logprobs"]))
+        earlier = scored_earlier(ctx, models)
+        prior = label_priors(earlier) if ctx.date else label_priors(values, earlier)  # so that the order of nights does not matter
         judged = frame.mapInArrow(_judged(prior), from_arrow_schema(schemas.get("rerank_scores").arrow()))
         added = publish(ctx, "rerank_scores", judged)
     statuses = _statuses(ctx, models)
@@ -375,25 +382,57 @@ def _failed(error: str) -> dict[str, Any]:
 # -- from answers to rows ---------------------------------------------------------------------------------------------
 
 
-def label_priors(ctx: Context, answered: pa.Table) -> dict[str, dict[str, float]]:
-    """Model -> label -> mean log-probability over every scored request of the experiment, those of earlier runs included.
+def check_priors(cfg: Config, ctx: Context, models: list[Artifact]) -> None:
+    """Raises MissingInputError for a model that a night asks in mode score and that scored none of the experiment's lists."""
+    asked = [model for model in models if "score" in modes_of(cfg, ctx)[model.name]]
+    part = {"model_id": [model.id for model in asked], "mode": "score", "night": EXPERIMENT, "status": "ok"}
+    there = set(ctx.lake.read("rerank_scores", ["model_id"], **part)["model_id"].to_pylist()) if ctx.lake.exists("rerank_scores") else set()
+    for model in asked:
+        if model.id not in there:
+            latest = artifacts.resolve(ctx.root, model.name, "sft").id
+            raise MissingInputError(
+                f"{model.id} scored none of the experiment's lists, whose label priors a night needs: run `gr2 stage rerank_scores "
+                f"--set scoring.models.{model.name}=[score]` first, without --date"
+                + (f"; that asks {latest}, which must be released before" if latest != model.id else "")
+            )
 
-    A night's answers are judged by the experiment's means, so that the order of nights does not matter; where there are none, by its own.
+
+def scored_earlier(ctx: Context, models: list[Artifact]) -> pa.Table:
+    """What these models gave the labels of the experiment's lists in earlier runs."""
+    columns = ["model_id", "mode", "labels", "label_logprobs"]
+    if not ctx.lake.exists("rerank_scores"):
+        return pa.schema([*ASKED, *ANSWERED]).empty_table()
+    part = {"model_id": [model.id for model in models], "mode": "score", "night": EXPERIMENT}
+    return ctx.lake.read("rerank_scores", columns, **part).rename_columns([*columns[:3], "logprobs"])
+
+
+def label_priors(*answers: pa.Table) -> dict[str, dict[str, float]]:
+    """Model -> label -> what its name alone is worth, over all answers in mode score (columns model_id, mode, labels, logprobs).
+
+    That is the label's effect beside the list's, fitted to the log-probabilities by least squares. Where all lists are of one length it is
+    the label's mean, less a constant; else the mean would favour the last labels, which only long lists have, at lower probabilities.
     """
-    sums: dict[str, dict[str, list[float]]] = {}
-    tables = [answered]
-    ids = answered["model_id"].unique().to_pylist()
-    if ctx.lake.exists("rerank_scores"):
-        columns = ["model_id", "mode", "labels", "label_logprobs"]
-        part = {"model_id": ids, "mode": "score", "night": EXPERIMENT}
-        earlier = ctx.lake.read("rerank_scores", columns, ["request_id", "replica"], **part).rename_columns(answered.column_names)
-        tables = [earlier] if ctx.date and earlier.num_rows else [answered, earlier]
-    for table in tables:
-        for row in table.to_pylist():
+    lists: dict[str, list[tuple[list[str], list[float]]]] = {}
+    for table in answers:
+        for row in table.select(["model_id", "mode", "labels", "logprobs"]).to_pylist():
             if row["mode"] == "score" and row["logprobs"] is not None:
-                for label, value in zip(row["labels"], row["logprobs"], strict=True):
-                    sums.setdefault(row["model_id"], {}).setdefault(label, []).append(value)
-    return {m: {label: float(np.mean(np.sort(values))) for label, values in of.items()} for m, of in sums.items()}
+                lists.setdefault(row["model_id"], []).append((row["labels"], row["logprobs"]))
+    return {model: _label_effects(own) for model, own in lists.items()}
+
+
+def _label_effects(lists: list[tuple[list[str], list[float]]]) -> dict[str, float]:
+    """The normal equations of value = effect of its list + effect of its label; effects of labels add up to zero."""
+    centred: dict[str, list[float]] = {}
+    for labels, values in lists:
+        for label, value in zip(labels, np.subtract(values, np.mean(values)).tolist(), strict=True):
+            centred.setdefault(label, []).append(value)
+    names = sorted(centred)
+    normal_LL = np.zeros((len(names), len(names)))
+    for held, count in sorted(Counter(tuple(sorted(labels)) for labels, _ in lists).items()):
+        has_L = np.array([held.count(name) for name in names], float)
+        normal_LL += count * (np.diag(has_L) - np.outer(has_L, has_L) / len(held))
+    sums_L = [np.sort(centred[name]).sum() for name in names]  # sorted, so that no order of lists shows in the last digits
+    return dict(zip(names, np.linalg.lstsq(normal_LL, sums_L, rcond=1e-9)[0].tolist(), strict=True))
 
 
 def _judged(priors: dict[str, dict[str, float]]) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:

@@ -13,7 +13,7 @@ from gr2 import artifacts
 from gr2.config import Model
 from gr2.context import Context
 from gr2.errors import ConfigError, MissingInputError, ModelError
-from gr2.prompts import load_template, vocabulary_texts
+from gr2.prompts import LABELS, load_template, vocabulary_texts
 from gr2.sids import sid_tokens, to_text
 from scoring import compressed
 from scoring.model import build_model, build_vocabulary, encode, label_logprobs, load, load_tokenizer, save
@@ -121,12 +121,33 @@ def test_scores_are_permutations_or_named_failures_and_a_rerun_adds_nothing(make
     assert added.rows_out == len(after) - len(before) >= 1
     assert {k: after[k] for k in before} == before, "what was scored stays as it was"
 
+    check_nights(ctx)
     with artifacts.publish_folder(ctx.root, "opd", {}) as draft:
         load_tokenizer(ctx.model("rl", "rl").path).save_pretrained(draft)
     version = ctx.lake.version("rerank_scores")
     with pytest.raises(ModelError, match=r"no \.safetensors.*nothing was published"):
         rerank_scores.run(ctx.cfg, ctx)
     assert ctx.lake.version("rerank_scores") == version, "a model that cannot be served stops the stage"
+
+
+def check_nights(ctx: Context) -> None:
+    """A night's one list is judged by what its model scored of the experiment; where that is nothing, nobody is asked."""
+    night = Context(ctx.cfg, dt.date(2026, 1, 2))
+    for name in ("candidates", "candidate_features"):
+        rows = ctx.lake.read(name).to_pylist()
+        live = [r | {"request_id": "live:u1", "split": "live", "night": "2026-01-02"} for r in rows if r["request_id"] == "test:u1:4"]
+        put(ctx, name, rows + live)
+    assert rerank_scores.run(night.cfg, night).rows_out == 1
+    (row,) = ctx.lake.read("rerank_scores", night="2026-01-02").to_pylist()
+    (listed,) = ctx.lake.read("candidates", ["candidate_ids"], split="live")["candidate_ids"].to_pylist()
+    said = ctx.lake.read("rerank_scores", night="none", mode="score").to_pylist()
+    means = {x: np.mean([r["label_logprobs"][r["labels"].index(x)] for r in said if r["label_logprobs"]]) for x in row["labels"]}
+    gains = np.array(row["label_logprobs"]) - [means[label] for label in row["labels"]]
+    assert row["new_order"] == [listed[place] for place in np.argsort(-gains)] != listed
+    both = ctx.cfg.scoring.model_copy(update={"live": {"rl": ("score",), "sft": ("score",)}})
+    more = Context(ctx.cfg.model_copy(update={"scoring": both}), dt.date(2026, 1, 3))
+    with pytest.raises(MissingInputError, match=r"sft@\w+ scored none .* --set scoring\.models\.sft=\[score\]` first, without --date$"):
+        rerank_scores.run(more.cfg, more)
 
 
 def test_compressed_contexts_are_scored_under_their_own_names(make_ctx):
@@ -223,3 +244,37 @@ def answered(text: str = "", mode: str = "think", error: str = "", logprobs: lis
 def test_answers_become_rows_without_repair(row, status, order):
     made = rerank_scores.judge(row, {"A": -1.0, "B": -0.5, "C": -2.0})
     assert (made["status"], made["new_order"]) == (status, order)
+
+
+def scored_lists(lengths: tuple[int, ...], bias: dict[str, float]) -> list[dict[str, Any]]:
+    """Answers of a model that likes each list's candidates less and less, and labels as `bias` says; every label stands everywhere."""
+    rows = []
+    for length in lengths:
+        for turn in range(length):
+            labels = [LABELS[(place + turn) % length] for place in range(length)]
+            logits = [bias.get(label, 0.0) - 0.3 * place for place, label in enumerate(labels)]
+            own = (logits - np.logaddexp.reduce(logits)).tolist()
+            rows.append({"model_id": "m", "mode": "score", "labels": labels, "logprobs": own})
+    return rows
+
+
+@pytest.mark.parametrize("bias", [{}, {"A": 2.0, "B": -1.0, "I": 0.5}])
+def test_priors_are_of_labels_not_of_the_length_of_lists(bias):
+    """Short lists hold the first labels only, at higher probabilities: that speaks neither for nor against these."""
+    rows = scored_lists((3, 10), bias)
+    prior = rerank_scores.label_priors(pa.Table.from_pylist(rows[:5]), pa.Table.from_pylist(rows[5:]))["m"]
+    assert {label: value - prior["C"] for label, value in prior.items()} == pytest.approx({x: bias.get(x, 0.0) for x in LABELS[:10]})
+    for row in rows:
+        listed = [f"i{place}" for place in range(len(row["labels"]))]
+        assert rerank_scores.score_order(listed, row["labels"], row["logprobs"], prior) == listed
+
+
+def test_priors_of_lists_of_one_length_are_means():
+    rng = np.random.default_rng(5)
+    labels = [rng.permutation(list("ABCDE")).tolist() for _ in range(40)]
+    rows = [{"model_id": "m", "mode": "score", "labels": own, "logprobs": rng.normal(size=5).tolist()} for own in labels]
+    prior = rerank_scores.label_priors(pa.Table.from_pylist(rows))["m"]
+    means = {x: np.mean([row["logprobs"][row["labels"].index(x)] for row in rows]) for x in "ABCDE"}
+    for row in rows:
+        orders = [rerank_scores.score_order(list("abcde"), row["labels"], row["logprobs"], of) for of in (prior, means)]
+        assert orders[0] == orders[1]
