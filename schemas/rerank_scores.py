@@ -25,7 +25,7 @@ TABLE = Table(
         Column("reasoning", STRING, "thought, as written", long=True),
         Column("text", STRING, "whole completion", long=True),
         Column("label_logprobs", list_of(FLOAT), "of each of `labels`, score mode", nullable=True),
-        Column("prompt_hash", STRING, "hash of template and text"),
+        Column("prompt_hash", STRING, "hash of template, text, and settings that change an answer"),
         Column("prompt_tokens", INT, "tokens read"),
         Column("completion_tokens", INT, "tokens written"),
         Column("seconds", DOUBLE, "wall time, the batch's share", volatile=True),

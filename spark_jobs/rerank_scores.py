@@ -6,8 +6,9 @@ Writes: `rerank_scores` (one request, model, mode and replica; key of these four
 Scored are, without --date, the requests of scoring.splits with something relevant in the list, a seeded sample of the others
 (scoring.miss_sample: no order of them can score), and a seeded sample in further replicas for the position audit; with --date the night's
 lists, by the released versions of scoring.live. Unless release.gate is off, scoring.live also answers for a sample of validation lists.
-A rerun is harmless: what the table holds is not asked again; decoding is greedy. Answers are kept chunk by chunk, then parsed, audited,
-published: a run that was killed goes on where it stopped. A request that cannot be read or answered is a row with the failure's name.
+A rerun is harmless: what the table holds is not asked again, though prompts or settings changed (`work/audits` says how much of it);
+decoding is greedy. Answers are kept chunk by chunk, then parsed, audited, published: a run that was killed goes on where it stopped. A
+request that cannot be read or answered is a row with the failure's name.
 
 Modes: think and direct generate; score orders by the labels' log-probabilities at the first answer position, less the label's prior
 (what its name alone is worth, over all lists of the experiment that the model scored: no night is scored without), summed over
@@ -20,6 +21,7 @@ what it read.
 
 import hashlib
 import itertools
+import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -33,7 +35,7 @@ from pyspark.sql.pandas.types import from_arrow_schema
 import schemas
 from gr2 import artifacts
 from gr2.answers import parse
-from gr2.artifacts import Artifact
+from gr2.artifacts import Artifact, write_whole
 from gr2.config import COMPRESSORS, Config
 from gr2.context import Context, Result
 from gr2.errors import EngineError, MissingInputError, ModelError
@@ -47,6 +49,7 @@ from spark_jobs.engine_pool import Rows, Spec, answered, engine_for, portable
 from spark_jobs.prompting import render_texts, sample, template_of, views
 from spark_jobs.publish import publish
 from validation import gate
+from validation.findings import finding
 
 RENDERED = 512  # prompts rendered at once
 TURN = 1000  # more than a request has replicas
@@ -86,8 +89,7 @@ def run(cfg: Config, ctx: Context) -> Result:
         if ctx.lake.exists("rerank_scores"):
             ctx.pin("tables", "rerank_scores", ctx.lake.version("rerank_scores"))
         return Result(detail={"models": [m.id for m in models]})
-    salt = f"{cfg.scoring.structured} {cfg.scoring.dtype}"
-    with answered(ctx, "rerank_scores", asked, _answering(portable(cfg, ctx)), pa.schema([*ASKED, *ANSWERED]), salt) as frame:
+    with answered(ctx, "rerank_scores", asked, _answering(portable(cfg, ctx)), pa.schema([*ASKED, *ANSWERED])) as frame:
         values = frame.select("model_id", "mode", "labels", "logprobs", "prompt_tokens", "completion_tokens").toArrow()
         if values.num_rows != asked.num_rows:
             raise EngineError(
@@ -137,7 +139,7 @@ def chosen(cfg: Config, ctx: Context, split: str) -> tuple[list[str], list[str]]
 def asks(cfg: Config, ctx: Context, models: list[Artifact]) -> pa.Table:
     """One row for each answer that the table does not hold yet (schema ASKED)."""
     nights = nights_of(ctx, models) if ctx.date else {EXPERIMENT: None}
-    known, stale = _known(ctx, models, list(nights)), 0
+    known, stale = _known(ctx, models, list(nights)), Counter[tuple[str, str]]()
     bases = {model.name: base_of(ctx, model) if model.name in COMPRESSORS else model for model in models}
     renderers = _renderers(cfg, ctx, models, bases)
     parts = [ASKED.empty_table()]
@@ -156,13 +158,9 @@ def asks(cfg: Config, ctx: Context, models: list[Artifact]) -> pa.Table:
                     path = bases[model.name].path
                     rows = [_ask(cfg, model, path, mode, *told, own) for told, own in zip(part, texts, strict=True)]
                     there = [known.get(tuple(r[k] for k in KEY)) for r in rows]
-                    stale += sum(was not in (None, r["prompt_hash"]) for was, r in zip(there, rows, strict=True))
+                    stale[model.name, mode] += sum(was not in (None, r["prompt_hash"]) for was, r in zip(there, rows, strict=True))
                     parts.append(pa.Table.from_pylist([r for was, r in zip(there, rows, strict=True) if was is None], schema=ASKED))
-    if stale:  # the table is insert-only: what a release pins stays as it was
-        ctx.log(
-            f"rerank_scores: {stale} answers that are kept were given to other prompts than today's: lists, prompt or scoring.shuffles "
-            "changed since. Models that are trained anew are asked anew; for these, take another paths.root"
-        )
+    _tell_stale(ctx, stale)
     found = pa.concat_tables(parts)
     return found.sort_by([(name, "ascending") for name in ("model", "mode", "request_id", "replica")])  # a worker becomes each model once
 
@@ -273,6 +271,8 @@ def _ask(
     cfg: Config, model: Artifact, path: Path, mode: Mode, row: dict[str, Any], shown: list[View], prompts: list[str]
 ) -> dict[str, Any]:
     thought = cfg.prompt.max_thought_tokens if mode == "think" else 0
+    most = thought + cfg.prompt.max_answer_tokens + ROOM
+    decides = [cfg.scoring.dtype, *([] if mode == "score" else [cfg.scoring.structured, thought, most])]  # beside what is read
     return {
         "request_id": row["request_id"],
         "model_id": model.id,
@@ -283,8 +283,8 @@ def _ask(
         "night": row["night"],
         "path": str(path),
         "prompts": prompts if all(prompts) else [],
-        "prompt_hash": prompt_hash(template_of(cfg.prompt), "\n".join(prompts)),
-        "max_tokens": thought + cfg.prompt.max_answer_tokens + ROOM,
+        "prompt_hash": prompt_hash(template_of(cfg.prompt), "\n".join([*prompts, *map(str, decides)])),
+        "max_tokens": most,
         "candidates": [c.item_id for c in shown[0].candidates],
         "labels": [label for view in shown[: len(prompts)] for label in view.labels],
         "shown": list(shown[0].shown),
@@ -297,6 +297,20 @@ def _known(ctx: Context, models: list[Artifact], nights: list[str]) -> dict[tupl
         return {}
     table = ctx.lake.read("rerank_scores", [*KEY, "prompt_hash"], model_id=[m.id for m in models], night=nights)
     return dict(zip(zip(*(table[k].to_pylist() for k in KEY), strict=True), table["prompt_hash"].to_pylist(), strict=True))
+
+
+def _tell_stale(ctx: Context, stale: Counter[tuple[str, str]]) -> None:
+    """How many of the kept answers are not those that would be given today: to the log and, of an experiment, to the audits."""
+    if total := stale.total():  # the table is insert-only: what a release pins stays as it was
+        ctx.log(
+            f"rerank_scores: {total} answers that are kept were given to other prompts than today's, or under other settings: lists, "
+            "prompt, scoring.shuffles, .dtype or .structured changed since. Models that are trained anew are asked anew; for these, take "
+            "another paths.root"
+        )
+    if not ctx.date:
+        detail = "kept answers that were given to other prompts than today's, or under other settings: figures are theirs"
+        found = [finding("stale_answers", f"{model}/{mode}", float(n), detail=detail) for (model, mode), n in sorted(stale.items())]
+        write_whole(ctx.work("audits") / "rerank_scores.json", json.dumps(found, indent=1))
 
 
 # -- the engine job ---------------------------------------------------------------------------------------------------

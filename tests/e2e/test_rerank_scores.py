@@ -17,7 +17,7 @@ from gr2.prompts import LABELS, load_template, vocabulary_texts
 from gr2.sids import sid_tokens, to_text
 from scoring import compressed
 from scoring.model import build_model, build_vocabulary, encode, label_logprobs, load, load_tokenizer, save
-from spark_jobs import rerank_scores
+from spark_jobs import evaluation, rerank_scores
 from spark_jobs.prompting import render_texts, views
 from tests.tables import put
 
@@ -112,6 +112,7 @@ def test_scores_are_permutations_or_named_failures_and_a_rerun_adds_nothing(make
     version = ctx.lake.version("rerank_scores")
     again = rerank_scores.run(ctx.cfg, ctx)
     assert (again.rows_in, again.rows_out, ctx.lake.version("rerank_scores")) == (0, 0, version)
+    check_other_settings(make_ctx, ctx)
     more = Context(
         ctx.cfg.model_copy(update={"scoring": ctx.cfg.scoring.model_copy(update={"miss_sample": 5, "models": {"rl": ("score",)}})})
     )
@@ -128,6 +129,18 @@ def test_scores_are_permutations_or_named_failures_and_a_rerun_adds_nothing(make
     with pytest.raises(ModelError, match=r"no \.safetensors.*nothing was published"):
         rerank_scores.run(ctx.cfg, ctx)
     assert ctx.lake.version("rerank_scores") == version, "a model that cannot be served stops the stage"
+
+
+def check_other_settings(make_ctx, ctx: Context) -> None:
+    """Settings that change an answer, though no prompt: what is kept is told, in the log and in the next run's audits."""
+    total = {mode: len(ctx.lake.read("rerank_scores", ["mode"], mode=mode)) for mode in ("think", "direct", "score")}
+    changes = {"scoring.structured=false": ("think", "direct"), "prompt.max_thought_tokens=9": ("think",), "scoring.dtype=bfloat16": total}
+    for setting, modes in changes.items():
+        other = make_ctx([*SETTINGS, setting])
+        assert rerank_scores.run(other.cfg, other).rows_out == 0
+        assert f"{sum(total[m] for m in modes)} answers that are kept were given" in (ctx.root / "logs" / "gr2.log").read_text()
+        found = {r["subject"]: r["value"] for r in evaluation._left_by_stages(other) if r["audit"] == "stale_answers"}
+        assert found == {f"{'rl' if mode == 'score' else 'sft'}/{mode}": total[mode] if mode in modes else 0 for mode in total}
 
 
 def check_nights(ctx: Context) -> None:
