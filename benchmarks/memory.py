@@ -17,8 +17,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
 
 from gr2.config import Training, load
+from training.loop import CHUNK
 
-GIB, CHUNK = 2**30, 4096  # CHUNK: learned tokens whose logits stand at once (`training.loop.state_logprobs`)
+GIB = 2**30
 QWEN3_8B: dict[str, Any] = {
     "hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
     "intermediate_size": 12288, "vocab_size": 151936, "tie_word_embeddings": False,

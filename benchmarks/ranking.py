@@ -9,13 +9,12 @@ among the candidates (of any seed), where an order can matter; `all` counts miss
 """
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.stages import header, told
+from benchmarks.stages import header, told, versions
 from gr2 import config, metrics
 from gr2.context import Context
 from schemas.candidates import TIMES
@@ -51,7 +50,7 @@ class Run:
         for row in scored:
             written.setdefault((row["model"], row["mode"]), []).append(row["completion_tokens"])
         self.tokens = {system: float(np.mean(each)) for system, each in written.items()}
-        self.told = f"{_release(ctx)}, lists of {requests.size}."
+        self.told = f"{_release(ctx)}, lists of {requests.size}. Tables of {versions(root)}"
 
 
 def _release(ctx: Context) -> str:
@@ -61,10 +60,7 @@ def _release(ctx: Context) -> str:
         return f"Not released: seed {ctx.cfg.seed}"
     release = rows[0]
     seconds = ctx.lake.read("stage_runs", ["seconds"], run_id=release["run_id"])["seconds"].to_pylist()
-    return (
-        f"Release {release['release_id']}: commit {release['code'][:7]}, seed {release['seed']}, {sum(seconds) / 60:.0f} minutes, "
-        f"table versions {json.loads(release['pins'])['tables']}"
-    )
+    return f"Release {release['release_id']}: commit {release['code'][:7]}, seed {release['seed']}, {sum(seconds) / 60:.0f} minutes"
 
 
 def averaged(parts: Sequence[Values]) -> Values:
@@ -168,7 +164,7 @@ def main() -> None:
         if not roots:
             parser.error(f"{word!r}: write name=ROOT[,ROOT...]")
         sets[name] = [Run(given.profile, Path(root), given.set) for root in roots.split(",")]
-    print(header("ranking", *(Path(root) for word in given.roots for root in word.partition("=")[2].split(","))))
+    print(header("ranking"))
     for name, runs in sets.items():
         print(f"\n## {name}\n")
         print("\n".join(run.told for run in runs))

@@ -19,8 +19,6 @@ from gr2.errors import ConfigError, MissingInputError
 from gr2.prompts import load_template
 
 ROOMS = ("gr2", "schemas", "validation", "scoring", "training", "spark_jobs")
-
-
 GATHER = ("events", "items", "interactions", "impressions", "evidence", "item_embeddings")  # bring up to date what nights share
 TELL = ("release", "report", "maintenance")
 

@@ -15,7 +15,7 @@ from gr2.errors import EnvironmentProblem, MissingInputError
 from gr2.pipeline import builder_of
 
 UPKEEP = ("OPTIMIZE", "VACUUM START", "VACUUM END", "SET TBLPROPERTIES", "ADD CONSTRAINT", "DROP CONSTRAINT", "ADD COLUMNS")
-HISTORY = 100  # commits that are looked through for the last that changed rows
+HISTORY = 100  # commits that are looked through
 
 
 def dataset_of(table: DeltaTable) -> ds.Dataset:
@@ -59,15 +59,22 @@ class Lake:
         """Version that `read` gives."""
         return self.open(name).version()
 
+    def commits(self, name: str) -> list[dict[str, Any]]:
+        """The last commits up to the version that `read` gives, the latest first. Raises MissingInputError as `open` does."""
+        table = self.open(name)
+        read = table.version()
+        if name in self.pins:  # of an earlier version delta-rs gives the latest commits, numbered as if they were its own
+            table = DeltaTable(self.path(name))
+        return [c for c in table.history(HISTORY + table.version() - read) if c["version"] <= read]
+
     def content_commit(self, name: str) -> dict[str, Any]:
         """The last commit that changed rows: what OPTIMIZE, VACUUM and settings commit is the same content to a stage."""
-        read, table = self.version(name), DeltaTable(self.path(name))  # of an earlier version delta-rs gives the latest commits as its own
-        commits = [c for c in table.history(HISTORY + table.version() - read) if c["version"] <= read]
+        commits = self.commits(name)
         return next((c for c in commits if c.get("operation") not in UPKEEP), commits[-1])
 
     def same_content(self, name: str, one: int, later: int) -> bool:
         """Whether nothing but upkeep was committed after version `one`, up to `later`."""
-        return all(c["operation"] in UPKEEP for c in self.open(name).history(HISTORY) if one < c["version"] <= later)
+        return all(c["operation"] in UPKEEP for c in self.commits(name) if one < c["version"] <= later)
 
     def content_version(self, name: str) -> int:
         """Its version."""

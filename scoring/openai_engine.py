@@ -89,7 +89,7 @@ class OpenAIEngine:
                 messages=messages,
                 max_tokens=ask.max_tokens,
                 temperature=ask.temperature,
-                top_p=1.0,
+                top_p=1.0,  # else a server may take what the model's folder says
                 seed=ask.seed,
             )
             return self._answer(ask, reply, time.monotonic() - started)

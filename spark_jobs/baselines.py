@@ -48,10 +48,9 @@ def run(cfg: Config, ctx: Context) -> Result:
     detail: dict[str, Any] = {}
     scores: dict[str, dict[str, list[np.ndarray]]] = {name: _simple(cfg.seed, rows) for name, rows in splits.items()}
     if "lambdamart" in cfg.evaluation.baselines:
-        shown = {"rerank": lists(ctx, "rerank"), "valid": splits["valid"]}
-        lessons = {SHOWN: shown}
+        lessons = {SHOWN: {split: counted(ctx, split) for split in TAUGHT}}
         if cfg.candidates.source != "log" and cfg.candidates.depth > cfg.candidates.n:  # else they are the same
-            lessons["deeper"] = {split: lists(ctx, split, LESSONS) for split in TAUGHT}
+            lessons["deeper"] = {split: counted(ctx, split, LESSONS) for split in TAUGHT}
         picked, again, detail = fit_lambdamart(lessons, cfg.seed)
         ctx.log(f"lambdamart: {detail}")
         for name, booster in (("valid", picked), ("test", again)):
@@ -69,12 +68,17 @@ def run(cfg: Config, ctx: Context) -> Result:
 
 
 def lists(ctx: Context, split: str, of: str = "candidate_features") -> pa.Table:
-    """The candidates of a split with their features, a request's rows together, in incoming order; `count`: what a list counts in learning.
+    """The candidates of a split with their features, a request's rows together, in incoming order."""
+    columns = ["request_id", "item_id", "grade", "grade_weight", *FEATURES]
+    return ctx.lake.read(of, columns, order_by=["request_id", "incoming_rank"], split=split)
+
+
+def counted(ctx: Context, split: str, of: str = "candidate_features") -> pa.Table:
+    """`lists` with what each counts in learning (`count`).
 
     Its clicks' mean weight, where a log was debiased, times `distill.later_weight` where the target came on a later day.
     """
-    columns = ["request_id", "item_id", "grade", "grade_weight", *FEATURES]
-    rows = ctx.lake.read(of, columns, order_by=["request_id", "incoming_rank"], split=split)
+    rows = lists(ctx, split, of)
     later = ctx.lake.read("candidates", ["request_id"], split=split, slice="later_day")["request_id"]
     bounds, gain = groups(rows), np.exp2(rows["grade"].to_numpy()) - 1.0
     weight = gain * np.nan_to_num(rows["grade_weight"].to_numpy().astype(np.float64), nan=1.0)

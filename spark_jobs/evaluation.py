@@ -26,7 +26,6 @@ from gr2.context import Context, Result
 from gr2.errors import AuditError, MissingInputError
 from gr2.pipeline import read_record
 from schemas.candidates import TIMES
-from schemas.lake import HISTORY
 from spark_jobs.publish import publish
 from spark_jobs.session import frame_of
 from validation import hacking, leakage, position
@@ -323,7 +322,7 @@ def _shown_run(ctx: Context, there: set[str]) -> str:
     """This run if it has figures, else the run of the latest commit: ids end in a hash, whose order says nothing."""
     if ctx.run_id in there:
         return ctx.run_id
-    commits = ctx.lake.open("metrics").history(HISTORY)  # latest first; each replaces one run's partition
+    commits = ctx.lake.commits("metrics")  # latest first; each replaces one run's partition
     wrote = [str(c.get("operationParameters", {}).get("predicate")) for c in commits if c["operation"] == "WRITE"]
     return next((run for said in wrote for run in there if f"'{run}'" in said), max(there, default=""))
 

@@ -18,7 +18,7 @@ from pyspark.sql import DataFrame
 from gr2.config import Config
 from gr2.context import Context, Result
 from gr2.pipeline import get, settings_of
-from schemas.lake import HISTORY, UPKEEP
+from schemas.lake import UPKEEP
 from spark_jobs.publish import RETRIES, Overtaken
 from spark_jobs.session import read
 
@@ -75,7 +75,7 @@ def added(ctx: Context, now: Built, before: Built) -> DataFrame | None:
 
 def replaced(ctx: Context, now: Built, before: Built) -> set[str] | None:
     """Periods of the source that were replaced between two builds, as its commits say; nothing where one of them does not say."""
-    commits = ctx.lake.open(now.source).history(HISTORY)
+    commits = ctx.lake.commits(now.source)
     if before.version < commits[-1]["version"]:
         return None
     between = [c for c in commits if before.version < c["version"] <= now.version and c.get("operation") not in UPKEEP]

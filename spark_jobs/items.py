@@ -50,8 +50,8 @@ def run(cfg: Config, ctx: Context) -> Result:
     detail = {"reasons": reasons, "unknown_columns": unknown, "without_metadata": without_metadata, "without_text": without_text}
     ctx.log(f"items: {without_metadata} only in events, {without_text} without text")
     # a bare item came in too, by its events: rows in = out + quarantined + duplicates
-    counts = {"rows_in": rows_in + without_metadata, "rows_out": published, "quarantined": rows_in - good, "duplicates": good - distinct}
-    return Result(**counts, detail=detail)
+    rows_in, refused = rows_in + without_metadata, rows_in - good
+    return Result(rows_in=rows_in, rows_out=published, quarantined=refused, duplicates=good - distinct, detail=detail)
 
 
 def judge(frame: DataFrame, names: tuple[str, ...], loose_price: bool) -> DataFrame:

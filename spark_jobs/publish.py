@@ -22,7 +22,6 @@ import schemas
 from gr2.context import Context
 from gr2.errors import AuditError, GR2Error
 from schemas.base import Table
-from schemas.lake import HISTORY
 from spark_jobs.migrations import migrate
 from spark_jobs.session import alter, remove, together
 from validation import suites
@@ -223,7 +222,7 @@ def _replace(ctx: Context, table: Table, written: DataFrame, where: str | None, 
         writer.option("userMetadata", built.metadata()).save(path)
     except PySparkException as error:
         raise (Overtaken(f"{table.name}: another run changed the same partitions") if _conflict(error) else error) from None
-    mine = next((c for c in ctx.lake.open(table.name).history(HISTORY) if c.get("userMetadata") == built.metadata()), None)
+    mine = next((c for c in ctx.lake.commits(table.name) if c.get("userMetadata") == built.metadata()), None)
     if mine:  # no rows over no rows commit nothing
         _not_overtaken(ctx, table.name, built.base, mine["readVersion"])  # one may have come between the look above and the commit
 

@@ -15,7 +15,6 @@ import jinja2
 
 import schemas
 from gr2 import PROJECT, artifacts
-from gr2.artifacts import write_whole
 from gr2.config import Config
 from gr2.context import Context, Result
 from gr2.errors import MissingInputError
@@ -43,7 +42,7 @@ def run(cfg: Config, ctx: Context) -> Result:
         rollouts=facts.rollouts(), costs=facts.costs(), tables=tables,
     )  # fmt: skip
     path = ctx.root / "reports" / "index.html"
-    write_whole(path, page)
+    artifacts.write_whole(path, page)
     ctx.log(f"report: {path}")
     return Result(detail={"bytes": len(page)})
 

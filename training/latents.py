@@ -257,7 +257,7 @@ def measure(
     """What compressed prompts are worth on held-out requests, and the KL of what they make the model answer."""
     kls: list[float] = []
     tokens, orders = {True: 0, False: 0}, {True: list[list[str]](), False: list[list[str]]()}
-    k = compressor.k if compressor is not None else 0
+    k, labels_Y = compressor.k if compressor is not None else 0, torch.tensor(label_ids(tokenizer))
     for start in range(0, len(held_out), batch):
         part = held_out[start : start + batch]
         with autocast(model):
@@ -266,8 +266,7 @@ def measure(
         at = 0
         for text in part:
             for short, logp_RV in ((False, full_RV), (True, short_RV)):
-                logp_Y = logp_RV[at][torch.tensor(label_ids(tokenizer))].tolist()
-                orders[short].append(brief.order_of(text.task, logp_Y))
+                orders[short].append(brief.order_of(text.task, logp_RV[at][labels_Y].tolist()))
             tokens[False] += len(text.ids) - text.learned
             tokens[True] += sum(1 if n >= 0 else k for n in text.short) - text.learned
             at += text.learned

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as computed_anew
 
 from gr2 import PROJECT
 from gr2.config import Training
@@ -95,7 +95,7 @@ def state_logprobs(model: Any, hidden_MD: torch.Tensor, targets_M: torch.Tensor,
         return logprobs(hidden_MD, targets_M)
     starts = range(0, count * CHUNK, CHUNK)
     parts = [(hidden_MD[start : start + CHUNK], targets_M[start : start + CHUNK]) for start in starts]
-    return torch.cat([checkpoint(logprobs, *part, use_reentrant=False) for part in parts])
+    return torch.cat([computed_anew(logprobs, *part, use_reentrant=False) for part in parts])
 
 
 def _chunks(head: Any, learned: int) -> int:

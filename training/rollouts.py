@@ -53,7 +53,8 @@ class Task:
     """A prompt with what its verifier needs: a row of `rl_prompts`.
 
     Where clicks were debiased, `paid` are the grades whose gains are weighed: what a click counts against others of its list. Rewards are
-    shares of a list's best, so they cannot say what it counts against other lists: that is `weight`, which scales its advantages.
+    shares of a list's best, so they cannot say what it counts against other lists: that is `weight` (of all that are read 1 on
+    average), which scales its advantages.
     """
 
     prompt_id: str
@@ -103,7 +104,9 @@ def read_tasks(ctx: Context, split: str, most: int = MOST) -> list[Task]:
         raise InputError(
             f"rl_prompts holds no prompt of split {split!r}: no list of that split has its target; raise candidates.n or the data"
         )
-    return [Task(**_tuples(_weighted(row))) for row in table.to_pylist()]
+    tasks = [Task(**_tuples(_weighted(row))) for row in table.to_pylist()]
+    usual = float(np.mean([task.weight for task in tasks]))
+    return [replace(task, weight=task.weight / usual) for task in tasks]
 
 
 def _weighted(row: dict[str, Any]) -> dict[str, Any]:
@@ -143,13 +146,12 @@ def collect(engine: Sampling, deck: Deck[Task], cfg: Config, step: int, run: str
     """
     found: list[Rollout] = []
     kept, seen = 0, Counter[str]()
-    usual = float(np.mean([task.weight for task in deck.tasks]))
     for _ in range(1 + (cfg.rl.max_refills if need_variance else 0)):
         if kept >= cfg.rl.prompts_per_step:
             break
         tasks = deck.take(cfg.rl.prompts_per_step - kept)
         drawn = sample(engine, tasks, cfg, step, run, seen)
-        drawn = with_advantages(drawn, cfg.rl.group, cfg.rl.scaled, need_variance, [task.weight / usual for task in tasks])
+        drawn = with_advantages(drawn, cfg.rl.group, cfg.rl.scaled, need_variance, [task.weight for task in tasks])
         kept += sum(r.used for r in drawn) // cfg.rl.group
         found += drawn
     return found

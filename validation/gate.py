@@ -59,7 +59,7 @@ def compare(cfg: Config, ctx: Context) -> Finding | None:
         return finding("gate", f"{model}/{modes[0]}", None, low=cfg.release.min_gain, detail=f"{lacks}; release.gate=false promotes")
     mode, names = modes[0], (f"{model}@{old}", f"{model}@{new}")
     was, became = (
-        target_places(cfg, lake, name, mode) for lake, name in zip((Lake(ctx.place, judged(ctx.promoted)), ctx.lake), names, strict=True)
+        target_places(cfg, lake, name, mode) for lake, name in zip((Lake(ctx.place, judged(promoted)), ctx.lake), names, strict=True)
     )
     common = sorted(was.keys() & became.keys())
     subject = f"{model}/{mode} {cfg.release.metric} on {len(common)} validation requests"

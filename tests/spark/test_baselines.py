@@ -110,7 +110,7 @@ def test_what_came_on_a_later_day_can_count_more_for_the_program(make_ctx, monke
     for weight in (1.0, 50.0):
         weighted = make_ctx([f"distill.later_weight={weight}"])
         judge, names[weight] = boosted(weighted)
-        rows = baselines.lists(weighted, "rerank", LESSONS)
+        rows = baselines.counted(weighted, "rerank", LESSONS)
         counts = dict(zip(rows["request_id"].to_pylist(), rows["count"].to_pylist(), strict=True))
         assert {slices[r]: c for r, c in counts.items()} == {"later_day": weight, "same_day": 1.0}, "for LambdaMART too"
         assert set(baselines.dataset([rows]).get_weight()) == {1.0, weight}
