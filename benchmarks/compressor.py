@@ -107,7 +107,7 @@ def main() -> None:
 
 def _measure(cfg: Config, most: int) -> None:
     ctx = Context(cfg)
-    models = [ctx.model(name, "latents") for name in FORMS]
+    models = [ctx.model(name) for name in FORMS]
     candidates = ctx.lake.read("candidates", ["request_id", "candidate_ids", "grades"], split="test").to_pylist()
     targets = {r["request_id"]: r["candidate_ids"][int(np.argmax(r["grades"]))] for r in candidates}
     asked = asks(cfg, ctx, models).to_pylist()

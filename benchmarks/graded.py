@@ -33,7 +33,7 @@ Orders = dict[str, list[str]]
 
 def orders_of(root: Path, model: str) -> dict[str, Orders]:
     """Mode -> request -> order, of the current version of a model; empty where an answer was no order."""
-    version = resolve(root, model, model).id
+    version = resolve(root, model).id
     rows = Lake(root).read("rerank_scores", ["request_id", "mode", "new_order"], split="test", model_id=version, replica=0)
     found: dict[str, Orders] = {}
     for row in rows.to_pylist():

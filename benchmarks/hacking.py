@@ -36,7 +36,7 @@ SETTINGS = [
 def steps_of(root: Path) -> list[dict[str, Any]]:
     """What the latest student's answers did, by step."""
     lake = Lake(root)
-    student = resolve(root, "rl", "rl")
+    student = resolve(root, "rl")
     curve = {line["step"]: line for line in map(json.loads, (student.path / "metrics.jsonl").read_text().splitlines())}
     prompts = {
         row["prompt_id"]: row

@@ -128,7 +128,7 @@ def copied(root: Path, folder: Path) -> None:
 
 def teach(folder: Path) -> None:
     """The student after RL as the teacher, too."""
-    pointer = {"hash": resolve(folder, "rl", "rl").hash}
+    pointer = {"hash": resolve(folder, "rl").hash}
     shutil.copytree(folder / "models" / "rl", folder / "models" / "rl-teacher", dirs_exist_ok=True)
     (folder / "models" / "rl-teacher" / "current.json").write_text(json.dumps(pointer))
 

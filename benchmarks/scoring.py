@@ -108,7 +108,7 @@ def _measure(profile: str, root: Path, there: Path, most: int) -> None:
     ]  # fmt: skip
     cfg: Config = load(profile, [f"paths.root={there}", *settings])
     ctx = Context(cfg)
-    model = ctx.model(MODEL, "rl")
+    model = ctx.model(MODEL)
     table: list[dict[str, Any]] = asks(cfg, ctx, [model]).to_pylist()[:most]
     prompts, room = [row["prompts"][0] for row in table], table[0]["max_tokens"]
     scoring = cfg.model_copy(update={"scoring": cfg.scoring.model_copy(update={"models": {MODEL: ("score",)}})})

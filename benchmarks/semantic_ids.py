@@ -76,7 +76,7 @@ def shipped(root: Path, file: Path) -> dict[str, Any]:
     from validation.sid_health import figures
 
     ctx = Context(load("beauty", [f"paths.root={root}", *SHIPPED_SHAPE]))
-    ours = ctx.model("tokenizer", "tokenizer")
+    ours = ctx.model("tokenizer")
     table = ctx.lake.read("semantic_ids", order_by=["item_id"], tokenizer=ours.id)
     given = {str(int(key) + 1): [int(re.sub(r"\D", "", word)) for word in words] for key, words in _json(file).items()}
     learned_NL = np.array([given[item] for item in table["item_id"].to_pylist()])
@@ -87,7 +87,7 @@ def shipped(root: Path, file: Path) -> dict[str, Any]:
     theirs = replace(own, books_LKD=means_of(learned_NL, own.latent(item_vectors(ctx, ctx.cfg.embeddings)[1]), 256))
     with publish_folder(ctx.root, "tokenizer", {k: v for k, v in ours.manifest.items() if k not in ("name", "hash")}) as folder:
         theirs.save(folder, config | {"codes_of": file.name})
-    version = ctx.model("tokenizer", "tokenizer").id
+    version = ctx.model("tokenizer").id
     written = {
         "tokenizer": [version] * len(table),
         "codes": codes_NL.tolist(),

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from gr2 import PROJECT
 def settings(root: Path, port: int = 8080) -> dict[str, str]:
     """Environment of a local Airflow whose home lies under the data root."""
     return {
-        "AIRFLOW_HOME": str(root / "airflow"),
+        "AIRFLOW_HOME": str(root.resolve() / "airflow"),
         "AIRFLOW__CORE__DAGS_FOLDER": str(PROJECT / "dags"),
         "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
         "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": "True",
@@ -32,7 +33,11 @@ def start(root: Path, profile: str, port: int) -> None:
     pool = [airflow, "pools", "set", "gpu", "1", "stages that train, or ask a model"]
     subprocess.run(pool, env=environment, check=True, stdout=subprocess.DEVNULL)
     print(f"Airflow on http://127.0.0.1:{port} (no password), home {root / 'airflow'}.")
-    print(f"Trigger `retrain`, then `nightly`: {profile!r} is their profile, unless a run names another. Ctrl-C ends it.")
+    print(
+        f"Unpause and trigger `retrain`, then `nightly` with a day that has logs. Their profile is {profile!r}, unless a run names another."
+    )
+    print("For `airflow` in another shell, there: " + shlex.join(["export", *(f"{k}={v}" for k, v in settings(root, port).items())]))
+    print("Ctrl-C ends it.")
     process = subprocess.Popen([airflow, "standalone"], env=environment, start_new_session=True)
 
     def end(*_: object) -> None:

@@ -6,6 +6,7 @@ root/models/<name>/current.json    {"hash": ...}, replaced atomically
 
 import contextlib
 import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -82,18 +83,22 @@ def publish_folder(root: Path, name: str, manifest: dict[str, Any]) -> Iterator[
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def resolve(root: Path, name: str, stage: str, digest: str | None = None) -> Artifact:
-    """The current (or the pinned) version of a model. Raises MissingInputError naming the stage that builds it."""
+def resolve(root: Path, name: str, digest: str | None = None) -> Artifact:
+    """The current (or the pinned) version of a model. Raises MissingInputError naming the stage that makes it."""
     home = root / "models" / name
     pointer = home / "current.json"
     if digest is None:
         if not pointer.exists():
-            raise MissingInputError(f"model {name!r} does not exist under {root}: run `gr2 stage {stage}` first")
+            raise MissingInputError(f"model {name!r} does not exist under {root}: run `gr2 stage {_maker(name)}` first")
         digest = str(json.loads(pointer.read_text())["hash"])
     manifest = home / digest / "manifest.json"
     if not manifest.exists():
-        raise MissingInputError(f"model {name}@{digest} is pinned but its folder is gone: run `gr2 stage {stage}` again")
+        raise MissingInputError(f"model {name}@{digest} is pinned but its folder is gone: run `gr2 stage {_maker(name)}` again")
     return Artifact(name, digest, home / digest, json.loads(manifest.read_text()))
+
+
+def _maker(name: str) -> str:
+    return str(importlib.import_module("gr2.pipeline").builder_of(name))  # which reads this module
 
 
 def names(root: Path) -> list[str]:

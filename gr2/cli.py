@@ -3,10 +3,14 @@
 import contextlib
 import importlib
 import os
+import re
+import shlex
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,12 +30,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="GR2, the Generative Reasoning Re-ranker: interaction logs in, a better order of candidates out.\n\n"
     "Start with `gr2 run --profile demo`, then `gr2 report` and `gr2 sql 'select * from metrics'`.\n\n"
-    "Exit codes: 0 done, 2 configuration, 3 input, 4 failed audit, 5 something must be built first, 6 machine, 7 model, 8 engine.",
+    "Exit codes: 0 done, 2 configuration, 3 input, 4 failed audit, 5 something must be built first, 6 machine, 7 model, 8 engine, 1 anything else.",
 )  # fmt: skip
 
 Profile = Annotated[str, typer.Option(help="A profile: a file in conf/.")]
 Date = Annotated[str | None, typer.Option(help="The night of a day, YYYY-MM-DD: what it adds. Without it: everything is built.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a setting: key=value, such as rl.prompts_per_step=8. Repeatable.")]
+LAST_WORDS = "GR2_LAST_WORDS"  # file for a stage's exit code and error: torchrun ends with 1 whatever its processes ended with
 WIDE = 110  # columns of a terminal from which the summary shows every figure
 
 
@@ -45,8 +50,10 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except GR2Error as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        code = error.exit_code
+        code, said = error.exit_code, f"{type(error).__name__}: {_as_asked(str(error), sys.argv[1:])}"
+        print(said, file=sys.stderr)
+        if last_words := os.environ.get(LAST_WORDS):
+            Path(last_words).write_text(f"{code} {said}")
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else bool(end.code)
     sys.stdout.flush()
@@ -65,7 +72,8 @@ def run(
 ) -> None:
     """Run the stages in order: everything; or with --date what a night adds (data, new codes, lists, scores, drift, release).
 
-    A stage whose settings, code and inputs did not change is skipped; a killed run goes on where it stopped.
+    A stage whose settings, code and inputs did not change is skipped, so a killed run goes on with the stage that it was at; a training goes
+    on from its last checkpoint, if its `checkpoint_every` asks for some, RL from its stored rollouts.
     """
     from gr2 import pipeline
 
@@ -86,7 +94,12 @@ def run(
 
 
 @app.command()
-def stage(name: str, profile: Profile = "demo", date: Date = None, settings: Set = None) -> None:
+def stage(
+    name: Annotated[str, typer.Argument(help="Its name, as `gr2 run` prints it, such as candidates.")],
+    profile: Profile = "demo",
+    date: Date = None,
+    settings: Set = None,
+) -> None:
     """Run one stage, up to date or not. What it reads must be there; the message says which stage builds what is missing."""
     from gr2 import pipeline
 
@@ -130,7 +143,7 @@ def report(profile: Profile = "demo", settings: Set = None) -> None:
 @app.command()
 def release(
     action: Annotated[str, typer.Argument(help="list, or retire.")] = "list",
-    release_id: str = "",
+    release_id: Annotated[str, typer.Option(help="The release to retire, as `gr2 release list` prints it.")] = "",
     profile: Profile = "demo",
     settings: Set = None,
 ) -> None:
@@ -152,7 +165,7 @@ def doctor(profile: Profile = "demo", settings: Set = None) -> None:
 @app.command()
 def airflow(
     profile: Annotated[str, typer.Option(envvar="GR2_PROFILE", help="The profile of runs that name none.")] = "demo",
-    port: int = 8080,
+    port: Annotated[int, typer.Option(help="Of the web page and the API.")] = 8080,
     settings: Set = None,
 ) -> None:
     """Start a local Airflow (SQLite, 127.0.0.1) with the DAGs of this project; Ctrl-C ends it and its children.
@@ -169,6 +182,13 @@ def version() -> None:
 
 
 # -- running ------------------------------------------------------------------------------------------------------------
+
+
+def _as_asked(message: str, argv: list[str]) -> str:
+    """An error's message, the commands that it names with the profile and the settings of the command that failed."""
+    given = [word for name, word in pairwise(argv) if name in ("--profile", "--set") for word in (name, word)]
+    unsaid = r"`(gr2 (?:stage|run)\b(?:(?!--profile)[^`])*)`"  # by the process of a stage it may be said already
+    return re.sub(unsaid, lambda found: f"`{' '.join([found[1], shlex.join(given)]).rstrip()}`", message)
 
 
 def _context(profile: str, settings: list[str] | None, date: str | None = None) -> Context:
@@ -200,14 +220,16 @@ def _spawn(stage: "Stage", ctx: Context, settings: list[str]) -> None:
     environment = dict(os.environ)
     if count > 1:  # they share the cores; what `set_defaults` gave this process is meant for one
         environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // count))
-    done = subprocess.run(command, cwd=Path.cwd(), env=environment, check=False)
+    with tempfile.NamedTemporaryFile("r") as last_words:
+        done = subprocess.run(command, cwd=Path.cwd(), env={**environment, LAST_WORDS: last_words.name}, check=False)
+        code, _, said = last_words.read().partition(" ")
     if done.returncode:
-        raise _StageFailed(stage.name, done.returncode)
+        raise _StageFailed(stage.name, int(code or done.returncode), said or "its own message is above")
 
 
 class _StageFailed(GR2Error):
-    def __init__(self, name: str, code: int) -> None:
-        super().__init__(f"stage {name!r} ended with code {code}; its own message is above. Go on with the same command once it is mended")
+    def __init__(self, name: str, code: int, said: str) -> None:
+        super().__init__(f"stage {name!r} ended with code {code}: {said}. Go on with the same command once it is mended")
         self.exit_code = code if 0 < code < 128 else 1
 
 

@@ -93,7 +93,7 @@ class Embeddings(Section):
 
     text_dim: Positive = 96
     collaborative_dim: int = Field(64, ge=0)
-    encoder: str | None = None  # a Hugging Face encoder by id or path instead of TF-IDF
+    encoder: str | None = None  # a Hugging Face encoder instead of TF-IDF: its folder (an id only if it is in the cache)
     collaborative_weight: float = Field(1.5, ge=0)
     frozen: bool = False  # true: keep the projection and the tokenizer fitted before under equal settings; nights only add items
 
@@ -121,7 +121,7 @@ class Tokenizer(Section):
 
 
 class Model(Section):
-    """One size of language model: `base` (any Hugging Face causal LM by id or path), or a small Qwen3 built from scratch."""
+    """One size of language model: `base`, the folder of a Hugging Face causal LM (an id only if it is cached), or a small Qwen3 built from scratch."""
 
     base: str | None = None
     hidden: Positive = 192

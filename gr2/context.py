@@ -102,12 +102,12 @@ class Context:
         """The Spark session (`spark_jobs.session`)."""
         return importlib.import_module("spark_jobs.session").get_session(self.cfg, self.root)
 
-    def model(self, name: str, stage: str) -> artifacts.Artifact:
+    def model(self, name: str) -> artifacts.Artifact:
         """A model's current version, at night (with --date) that of the promoted release.
 
-        So a night does not meet models of a retraining that is under way. Raises MissingInputError naming the `stage` that builds it.
+        So a night does not meet models of a retraining that is under way. Raises MissingInputError naming the stage that makes it.
         """
-        return artifacts.resolve(self.root, name, stage, self.promoted.get("models", {}).get(name) if self.date else None)
+        return artifacts.resolve(self.root, name, self.promoted.get("models", {}).get(name) if self.date else None)
 
     @property
     def promoted(self) -> dict[str, dict[str, Any]]:

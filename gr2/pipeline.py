@@ -214,9 +214,9 @@ def get(name: str) -> Stage:
     raise ConfigError(f"no stage {name!r}; there are: {', '.join(names())}")
 
 
-def builder_of(table: str) -> str:
-    """The stage that writes a table, for messages."""
-    return next((s.name for s in STAGES if table in s.writes), "?")
+def builder_of(name: str) -> str:
+    """The stage that makes a table or a model, for messages."""
+    return next((s.name for s in STAGES if name in (*s.writes, *s.makes)), "?")
 
 
 def flow(name: str) -> list[Stage]:
@@ -353,7 +353,7 @@ def _source(module: str) -> Path | None:
 
 def _current(ctx: Context, model: str) -> str | None:
     try:
-        return ctx.model(model, "").hash
+        return ctx.model(model).hash
     except MissingInputError:
         return None
 

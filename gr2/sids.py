@@ -43,7 +43,7 @@ def to_text(codes: Sequence[int]) -> str:
 
 def live_codes(ctx: Context) -> tuple[list[str], Ints]:
     """The items in order of id, and their codes (N, L), under the current tokenizer. Raises InputError if the table holds none of it."""
-    version = ctx.model("tokenizer", "tokenizer").id
+    version = ctx.model("tokenizer").id
     table = ctx.lake.read("semantic_ids", ["item_id", "codes"], order_by=["item_id"], tokenizer=version)
     if not table.num_rows:
         raise InputError(f"semantic_ids holds no codes of {version}: run `gr2 stage semantic_ids` first")

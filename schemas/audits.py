@@ -12,7 +12,9 @@ TABLE = Table(
     columns=(
         Column("run_id", STRING, "run"),
         Column("stage", STRING, "stage that was audited"),
-        Column("audit", STRING, "reconciliation, sid_health, position, leakage, drift, reward_hacking, traces, suite"),
+        Column(
+            "audit", STRING, "coverage, drift, gate, leakage, position, reconciliation, reward_hacking, sid_health, stale_answers, traces"
+        ),
         Column("subject", STRING, "what the figure is of"),
         Column("value", DOUBLE, "figure", nullable=True),
         Column("low", DOUBLE, "smallest value that passes", nullable=True),

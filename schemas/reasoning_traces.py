@@ -24,7 +24,7 @@ TABLE = Table(
         Column("prompt_name", STRING, "template"),
         Column("prompt_hash", STRING, "hash of template and rendered prompt"),
         Column("labels", list_of(STRING), "label of each candidate, in incoming order"),
-        Column("shown", list_of(INT), "incoming places in the order shown"),
+        Column("shown", list_of(INT), "incoming places, from 0, in the order shown"),
         Column("text", STRING, "what the teacher wrote, whole", long=True),
         Column("answer", list_of(STRING), "candidate ids in the new order, where the answer parses", nullable=True),
         Column(

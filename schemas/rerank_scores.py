@@ -21,7 +21,7 @@ TABLE = Table(
         Column("status", STRING, "ok, or the failure's name"),
         Column("new_order", list_of(STRING), "candidate ids, best first", nullable=True),
         Column("labels", list_of(STRING), "label of each candidate, in incoming order; shuffle after shuffle, if several"),
-        Column("shown", list_of(INT), "incoming places in the order shown"),
+        Column("shown", list_of(INT), "incoming places, from 0, in the order shown; of several shuffles the first"),
         Column("reasoning", STRING, "thought, as written", long=True),
         Column("text", STRING, "whole completion", long=True),
         Column("label_logprobs", list_of(FLOAT), "of each of `labels`, score mode", nullable=True),

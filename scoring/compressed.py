@@ -199,7 +199,7 @@ def said_by(compressor: Artifact) -> dict[str, Any]:
 def base_of(ctx: Context, compressor: Artifact) -> Artifact:
     """The model that a compressor was trained for. Raises MissingInputError where that version is gone."""
     name, _, digest = said_by(compressor)["base"].partition("@")
-    return artifacts.resolve(ctx.root, name, compressor.name, digest)
+    return artifacts.resolve(ctx.root, name, digest)
 
 
 def compressing(cfg: Config, ctx: Context, compressor: Artifact) -> Callable[[Sequence[str]], list[str]]:
@@ -227,7 +227,7 @@ def compressing(cfg: Config, ctx: Context, compressor: Artifact) -> Callable[[Se
 
 def known_items(ctx: Context, among: set[str] | None = None) -> dict[str, tuple[str, str]]:
     """Semantic ID -> item and text, of all items that have an ID under the current tokenizer, in order of item."""
-    codes = ctx.lake.read("semantic_ids", ["item_id", "token_text"], ["item_id"], tokenizer=ctx.model("tokenizer", "tokenizer").id)
+    codes = ctx.lake.read("semantic_ids", ["item_id", "token_text"], ["item_id"], tokenizer=ctx.model("tokenizer").id)
     table = ctx.lake.read("items", ["item_id", "text"])
     text_of = dict(zip(table["item_id"].to_pylist(), table["text"].to_pylist(), strict=True))
     pairs = zip(codes["item_id"].to_pylist(), codes["token_text"].to_pylist(), strict=True)

@@ -165,7 +165,7 @@ def beamed(cfg: Config, ctx: Context, rows: pa.Table) -> tuple[pa.Table, pa.Tabl
         chosen = [row for row in rows.to_pylist() if FIT[row["split"]] == fit]
         if chosen:
             pairs = ctx.lake.read("item_pairs", list(PAIR), fit=fit)
-            for row in ranked(cfg, ctx, chosen, fit, ctx.model(name, "midtrain"), pairs, max(n, cfg.candidates.depth)):
+            for row in ranked(cfg, ctx, chosen, fit, ctx.model(name), pairs, max(n, cfg.candidates.depth)):
                 listed.append(cut(row, n))
                 if row["split"] in TAUGHT and row["target_rank"]:
                     deep.append(row)
@@ -227,7 +227,7 @@ def _others(cfg: Config, ctx: Context, fit: str, pairs: pa.Table, place_of: dict
     counts = cfg.candidates.pair_share
     found: list[tuple[float, Any]] = [(counts, _followers(cfg, pairs, place_of))] if counts else []
     if cfg.sasrec.share:
-        model = load(ctx.model(SASREC[fit], "sasrec").path)
+        model = load(ctx.model(SASREC[fit]).path)
         found.append(((1 - counts) * cfg.sasrec.share, NextItem(model, place_of, cfg.sasrec.keep)))
     return found
 

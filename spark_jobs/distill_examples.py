@@ -56,7 +56,7 @@ def run(cfg: Config, ctx: Context) -> Result:
 
 
 def _of_model(cfg: Config, ctx: Context, lists: Iterator[Shown]) -> Result:
-    source = ctx.model(cfg.distill.source, "rl")
+    source = ctx.model(cfg.distill.source)
     tokenizer = load_tokenizer(source.path)
     asked = pa.concat_tables([ASKED.empty_table(), *(asks(cfg, tokenizer, chunk) for chunk in lists)])
     ctx.log(f"distill_examples: {asked.num_rows} prompts for {source.id}")
@@ -73,7 +73,7 @@ def _of_model(cfg: Config, ctx: Context, lists: Iterator[Shown]) -> Result:
 
 
 def _of_program(cfg: Config, ctx: Context, lists: Iterator[Shown]) -> Result:
-    tokenizer = load_tokenizer(ctx.model(cfg.distill.start, cfg.distill.start).path)
+    tokenizer = load_tokenizer(ctx.model(cfg.distill.start).path)
     judge, name = boosted(ctx)
     found = [pa.Table.from_pylist(judged(judge, name, chunk, cfg, tokenizer), schema=SCHEMA) for chunk in lists]
     rows = publish(ctx, "distill_examples", frame_of(ctx, pa.concat_tables([SCHEMA.empty_table(), *found])))

@@ -28,7 +28,7 @@ def run(cfg: Config, ctx: Context) -> Result:
     if ctx.date is None:
         raise InputError("drift is of a night: say which, --date YYYY-MM-DD")
     live = [f"{model.id}/{mode}" for model in scored_models(cfg, ctx) for mode in modes_of(cfg, ctx)[model.name]]
-    tokenizer = ctx.model("tokenizer", "tokenizer").id
+    tokenizer = ctx.model("tokenizer").id
     found = drift.audit(ctx, ctx.date, cfg.drift.reference_days, cfg.drift.fail_at, tokenizer, live)
     rows = [{"run_id": ctx.run_id, "stage": "drift", **row} for row in found]
     publish(ctx, "audits", frame_of(ctx, pa.Table.from_pylist(rows, schema=schemas.get("audits").arrow())), {"run_id": ctx.run_id})

@@ -131,7 +131,7 @@ def judged(ctx: Context) -> Requests:
 
 def current_scores(cfg: Config, ctx: Context) -> list[dict[str, Any]]:
     """Rows of `rerank_scores` by the current version of each configured model and mode. Raises MissingInputError if there is none."""
-    ids = [artifacts.resolve(ctx.root, name, "").id for name in cfg.scoring.models if name in artifacts.names(ctx.root)]
+    ids = [artifacts.resolve(ctx.root, name).id for name in cfg.scoring.models if name in artifacts.names(ctx.root)]
     columns = ["request_id", "model", "mode", "replica", "status", "new_order", "labels", "shown", "reasoning", "completion_tokens"]
     rows = ctx.lake.read(
         "rerank_scores", columns, order_by=["model", "mode", "replica", "request_id"], split=SPLIT, model_id=ids

@@ -71,7 +71,7 @@ def _embedder(
     wanted = {**cfg.embeddings.model_dump(mode="json", exclude={"frozen", "collaborative_weight"}), "seed": cfg.seed}
     if cfg.embeddings.frozen or ctx.date:
         try:
-            current = ctx.model("embedder", "item_embeddings")
+            current = ctx.model("embedder")
             if current.manifest["settings"] == wanted:
                 ctx.log(f"item vectors: keeping the frozen projection {current.id}")
                 return Embedder.load(current.path), current.id
@@ -80,4 +80,4 @@ def _embedder(
     embedder = fit(cfg.embeddings, cfg.seed, ids, texts, *linked)
     with artifacts.publish_folder(ctx.root, "embedder", {"settings": wanted, "items": len(ids)}) as folder:
         embedder.save(folder, wanted)
-    return embedder, artifacts.resolve(ctx.root, "embedder", "item_embeddings").id
+    return embedder, artifacts.resolve(ctx.root, "embedder").id

@@ -18,7 +18,7 @@ from spark_jobs.session import frame_of
 
 def run(cfg: Config, ctx: Context) -> Result:
     """Publishes the current compressor's vectors. Raises MissingInputError, AuditError."""
-    compressor = ctx.model("latents", "latents")
+    compressor = ctx.model("latents")
     with pa.memory_map(str(compressor.path / "vectors.arrow")) as source:
         table = pa.ipc.open_file(source).read_all()
         named = table.append_column("compressor", pa.array([compressor.id] * table.num_rows, pa.string()))

@@ -44,7 +44,7 @@ def run(cfg: Config, ctx: Context) -> Result:
 
 def current_codes(ctx: Context) -> DataFrame:
     """`item_id, sid` under the current tokenizer."""
-    version = ctx.model("tokenizer", "tokenizer").id
+    version = ctx.model("tokenizer").id
     return read(ctx, "semantic_ids").where(F.col("tokenizer") == version).select("item_id", F.col("token_text").alias("sid"))
 
 

@@ -75,8 +75,7 @@ def build(cfg: Config, ctx: Context, night: dt.date) -> Result:
 
 def _models(cfg: Config, ctx: Context, records: Mapping[dt.date, dict[str, Any]]) -> dict[dt.date, Models]:
     """Night -> the models that make its lists: those that made them before, else those that are out."""
-    stages = {"tokenizer": "tokenizer", PRERANKER: "midtrain"} | ({SASREC["live"]: "sasrec"} if cfg.sasrec.share else {})
-    out = {name: ctx.model(name, stage).hash for name, stage in stages.items()}
+    out = {name: ctx.model(name).hash for name in ("tokenizer", PRERANKER, *([SASREC["live"]] if cfg.sasrec.share else []))}
     return {n: {name: record.get("models", {}).get(name, digest) for name, digest in out.items()} for n, record in records.items()}
 
 
@@ -90,7 +89,7 @@ def _orphaned(ctx: Context, models: Mapping[dt.date, Models]) -> set[dt.date]:
 
 def _lists(cfg: Config, ctx: Context, night: dt.date, catalogue: str) -> int:
     """Makes one night's lists, all of them: what shares a batch shows in a score's last digits."""
-    model = ctx.model(PRERANKER, "midtrain")
+    model = ctx.model(PRERANKER)
     partition = {"split": "live", "night": str(night)}
     found = requests(read(ctx, "histories"), read(ctx, "interactions"), night, catalogue)
     asked = found.orderBy("request_id").toArrow().to_pylist()

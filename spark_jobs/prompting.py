@@ -162,7 +162,7 @@ def catalogue(ctx: Context) -> list[tuple[str, str]]:
 def _catalogue(ctx: Context) -> tuple[dict[str, str], dict[str, str]]:
     """Text and semantic ID of every item under the current tokenizer."""
     items = ctx.lake.read("items", ["item_id", "text"])
-    tokenizer = ctx.model("tokenizer", "tokenizer").id
+    tokenizer = ctx.model("tokenizer").id
     codes = ctx.lake.read("semantic_ids", ["item_id", "token_text"], tokenizer=tokenizer)
     texts, sids = (dict(zip(t["item_id"].to_pylist(), t[c].to_pylist(), strict=True)) for t, c in ((items, "text"), (codes, "token_text")))
     if ctx.date:  # a night's newest items may wait for their metadata: nobody can say them yet

@@ -141,7 +141,7 @@ def keep_refused(ctx: Context, frame: DataFrame, target: str, reasons: dict[str,
         raise AuditError(
             f"{target}: {bad} of {rows_in} rows refused, more than data.max_quarantine_share = "
             f"{ctx.cfg.data.max_quarantine_share}: {reasons}; "
-            "nothing published; the rows are in table quarantine"
+            "nothing published; the rows are in table quarantine: `gr2 sql --latest`, since a release is from before"
         )
 
 

@@ -51,7 +51,7 @@ def run(cfg: Config, ctx: Context) -> Result:
     ids = chosen(cfg, ctx)
     keys = pa.table({"request_id": pa.array(ids, pa.string())})
     remote = portable(cfg, ctx)
-    tokenizer = str(ctx.model("midtrain", "midtrain").path)
+    tokenizer = str(ctx.model("midtrain").path)
 
     def job(rows: Rows) -> Callable[[Rows], Rows]:
         requests = Requests(Context(remote), remote, "rerank", [row["request_id"] for row in rows])
@@ -115,7 +115,7 @@ def teacher(cfg: Config, ctx: Context) -> Spec:
         return Spec("openai", f"openai:{cfg.traces.model}@{_digest(settings, cfg.traces.url)}")
     path, identity = cfg.traces.model, cfg.traces.model
     if (ctx.root / "models" / path / "current.json").exists():  # a model of this root by name
-        found = artifacts.resolve(ctx.root, path, "sft")
+        found = artifacts.resolve(ctx.root, path)
         path, identity = str(found.path), found.id
     return Spec("vllm", f"vllm:{cfg.traces.model}@{_digest(settings, identity)}", path=path)
 

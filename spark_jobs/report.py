@@ -156,7 +156,7 @@ class Facts:
         """Use of each codebook: how items spread over its codes."""
         if "tokenizer" not in artifacts.names(self.ctx.root):
             return []
-        rows = self.rows("SELECT codes FROM semantic_ids WHERE tokenizer = ?", self.ctx.model("tokenizer", "tokenizer").id)
+        rows = self.rows("SELECT codes FROM semantic_ids WHERE tokenizer = ?", self.ctx.model("tokenizer").id)
         if not rows:
             return []
         levels = list(zip(*(r["codes"] for r in rows), strict=True))
@@ -170,7 +170,7 @@ class Facts:
         """Training curves of every model, those of one kind together."""
         kinds: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
         for name in artifacts.names(self.ctx.root):
-            path = artifacts.resolve(self.ctx.root, name, "").path / "metrics.jsonl"
+            path = artifacts.resolve(self.ctx.root, name).path / "metrics.jsonl"
             for key in ("loss", "reward"):
                 points = [(r["step"], r[key]) for r in _jsonl(path) if r.get(key) is not None and r.get("step") is not None]
                 if points:

@@ -39,6 +39,7 @@ from gr2.artifacts import Artifact, write_whole
 from gr2.config import COMPRESSORS, Config
 from gr2.context import Context, Result
 from gr2.errors import EngineError, MissingInputError, ModelError
+from gr2.pipeline import builder_of
 from gr2.prompts import Mode, View, make_view, prompt_hash
 from schemas.base import DOUBLE, FLOAT, INT, STRING, list_of
 from schemas.candidates import EXPERIMENT
@@ -114,9 +115,10 @@ def scored_models(cfg: Config, ctx: Context) -> list[Artifact]:
     wanted = modes_of(cfg, ctx)
     if missing := [name for name in wanted if name not in there]:
         ctx.log(f"rerank_scores: not trained, so not scored: {', '.join(missing)}")
-    models = [ctx.model(name, "sft") for name in wanted if name in there]
+    models = [ctx.model(name) for name in wanted if name in there]
     if not models:
-        raise MissingInputError(f"none of the models {', '.join(wanted)} exists under {ctx.root}: run `gr2 stage sft` first")
+        makers = " and ".join(f"`gr2 stage {stage}`" for stage in dict.fromkeys(map(builder_of, wanted)))
+        raise MissingInputError(f"none of the models {', '.join(wanted)} exists under {ctx.root}: run {makers} first")
     return models
 
 
@@ -225,7 +227,7 @@ def _renderers(cfg: Config, ctx: Context, models: list[Artifact], bases: dict[st
     """
     by_content: dict[str, Renderer] = {}
     found = {}
-    sids = ctx.lake.read("semantic_ids", ["token_text"], tokenizer=ctx.model("tokenizer", "tokenizer").id)["token_text"].to_pylist()
+    sids = ctx.lake.read("semantic_ids", ["token_text"], tokenizer=ctx.model("tokenizer").id)["token_text"].to_pylist()
     for model in models:
         path = bases[model.name].path
         parts = sorted(p for p in path.iterdir() if p.name.startswith(("tokenizer", "chat_template", "special_tokens", "added_tokens")))
@@ -403,7 +405,7 @@ def check_priors(cfg: Config, ctx: Context, models: list[Artifact]) -> None:
     there = set(ctx.lake.read("rerank_scores", ["model_id"], **part)["model_id"].to_pylist()) if ctx.lake.exists("rerank_scores") else set()
     for model in asked:
         if model.id not in there:
-            latest = artifacts.resolve(ctx.root, model.name, "sft").id
+            latest = artifacts.resolve(ctx.root, model.name).id
             raise MissingInputError(
                 f"{model.id} scored none of the experiment's lists, whose label priors a night needs: run `gr2 stage rerank_scores "
                 f"--set scoring.models.{model.name}=[score]` first, without --date"

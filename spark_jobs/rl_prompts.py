@@ -30,7 +30,7 @@ CHUNK = 512  # prompts rendered at once
 
 def run(cfg: Config, ctx: Context) -> Result:
     """Draws, renders, publishes. Raises MissingInputError, AuditError, ModelError (a prompt that cannot be made short enough)."""
-    tokenizer = load_tokenizer(ctx.model("midtrain", "midtrain").path)
+    tokenizer = load_tokenizer(ctx.model("midtrain").path)
     schema, template = schemas.get("rl_prompts").arrow(), template_of(cfg.prompt)
     parts, redraws, requests = [schema.empty_table()], 0, 0
     for split in ("rerank", "valid"):

@@ -25,7 +25,7 @@ def run(cfg: Config, ctx: Context) -> Result:
     there = [name for name in POLICIES if name in artifacts.names(ctx.root)]
     if not there:
         raise MissingInputError(f"no policy was trained under {ctx.root}: run `gr2 stage rl` first")
-    runs = [f"{name}-{ctx.model(name, 'rl').manifest['fingerprint']}" for name in there]
+    runs = [f"{name}-{ctx.model(name).manifest['fingerprint']}" for name in there]
     tables = {run_id: stored(ctx, run_id) for run_id in runs}
     table = pa.concat_tables(tables.values())
     added = publish(ctx, "rollouts", frame_of(ctx, table))

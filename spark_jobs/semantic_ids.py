@@ -42,7 +42,7 @@ def run(cfg: Config, ctx: Context) -> Result:
 def _build(cfg: Config, ctx: Context) -> Result:
     """Adds codes to those that are there: items that another run adds meanwhile are never overwritten."""
     now = building(cfg, ctx, "semantic_ids", "semantic_ids", "item_embeddings")
-    model = ctx.model("tokenizer", "tokenizer")
+    model = ctx.model("tokenizer")
     books, config = Codebooks.load(model.path)
     settings = Tokenizer.model_validate(config["settings"]["tokenizer"])  # as it was fitted, whatever the profile says today
     _same_space(ctx, model)

@@ -47,7 +47,7 @@ def run(cfg: Config, ctx: Context) -> Result:
     traces = ctx.lake.read("reasoning_traces", COLUMNS, order_by=["request_id", "sample_id"], teacher=name, verdict=verdicts, mode=wanted)
     traces = taken(traces, cfg.sft.max_traces, cfg.seed)
     left_out: Counter[str] = Counter()
-    tokenizer = load_tokenizer(ctx.model("midtrain", "midtrain").path)
+    tokenizer = load_tokenizer(ctx.model("midtrain").path)
     rows = list(examples(ctx, cfg, tokenizer, traces.to_pylist(), left_out))
     if not rows:
         raise AuditError(

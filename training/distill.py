@@ -34,7 +34,7 @@ def run(cfg: Config, ctx: Context) -> Result:
     table = ctx.lake.read("distill_examples", ["prompt", "order", "label_logprobs"], order_by=["ordinal", "example_id"])
     if not table.num_rows:
         raise InputError("distill_examples is empty: no request of split `rerank` has its target in the list")
-    base = ctx.model(cfg.distill.start, cfg.distill.start)
+    base = ctx.model(cfg.distill.start)
     model, tokenizer = load(base.path, dropout=cfg.distill.dropout)
     wake(model, base.manifest.get("unread", []), cfg.seed)
     examples, taught = to_examples(tokenizer, table)

@@ -84,7 +84,7 @@ def fit(
 def _published(ctx: Context, name: str, wanted: str) -> Summary | None:
     """What the current model of that name came to, if it has this fingerprint."""
     try:
-        manifest = artifacts.resolve(ctx.root, name, "").manifest
+        manifest = artifacts.resolve(ctx.root, name).manifest
     except MissingInputError:
         return None
     if manifest.get("fingerprint") != wanted:

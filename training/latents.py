@@ -40,7 +40,7 @@ VECTORS = pa.schema([("item_id", STRING), ("vectors", list_of(FLOAT)), ("k", INT
 
 def run(cfg: Config, ctx: Context) -> Result:
     """Trains, measures, publishes. Raises MissingInputError, InputError (no prompt, or prompts without an item)."""
-    base = ctx.model("rl", "rl")
+    base = ctx.model("rl")
     model, tokenizer = load(base.path)
     model.requires_grad_(False).to(device())  # the compressor reads through it where DeepSpeed trains the compressor
     items = read_items(ctx, cfg, tokenizer)

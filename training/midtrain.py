@@ -47,7 +47,7 @@ SMALL = 100_000_000  # parameters up to which it is measured
 
 def run(cfg: Config, ctx: Context) -> Result:
     """Trains student, refitted student, and the teacher if there is one. Raises InputError (a fit without examples)."""
-    books = Codebooks.load(ctx.model("tokenizer", "tokenizer").path)[0].books_LKD
+    books = Codebooks.load(ctx.model("tokenizer").path)[0].books_LKD
     tables = {fit: windows(cfg, ctx, fit, cfg.midtrain.student) for fit in ("train", "refit")}
     # An example's ordinal is the same in both fits, so that users whose history went on are in the same range of both.
     part = max(tables.values(), key=len).bounds(0)
@@ -59,7 +59,7 @@ def run(cfg: Config, ctx: Context) -> Result:
     model = _student(cfg, ctx, tokenizer, books)
     _fit(cfg, ctx, "midtrain", model, tokenizer, texts, "train", cfg.midtrain.student, result)
     # Read back rather than trained on: the refit starts from what was published, also when that was published by an earlier run.
-    kept = ctx.model("midtrain", STAGE).path if cfg.midtrain.refit_from == "midtrain" else None
+    kept = ctx.model("midtrain").path if cfg.midtrain.refit_from == "midtrain" else None
     model = _student(cfg, ctx, tokenizer, books, kept)
     _fit(cfg, ctx, "midtrain-refit", model, tokenizer, texts, "refit", cfg.midtrain.refit, result)
     if teacher is None:
@@ -229,10 +229,10 @@ def _fit(
     validate = validator(tokenizer, pairs, eager)
     inputs: dict[str, dict[str, Any]] = {
         "tables": {table: ctx.lake.content_version(table) for table in ("midtrain_examples", "semantic_ids")},
-        "models": {"tokenizer": ctx.model("tokenizer", "tokenizer").hash},
+        "models": {"tokenizer": ctx.model("tokenizer").hash},
     }
     if name == "midtrain-refit" and cfg.midtrain.refit_from == "midtrain":
-        inputs["models"]["midtrain"] = ctx.model("midtrain", STAGE).hash  # what it starts from
+        inputs["models"]["midtrain"] = ctx.model("midtrain").hash  # what it starts from
     notes: dict[str, Any] = {"fit": fit_of, "parameters": sum(p.numel() for p in model.parameters())}
     size = cfg.models.teacher if name == "midtrain-teacher" else cfg.models.student
     if size is not None and size.base is None:

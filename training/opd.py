@@ -20,7 +20,7 @@ def run(cfg: Config, ctx: Context) -> Result:
     if cfg.models.teacher is None:
         ctx.log("opd: models.teacher is null, so nobody teaches")
         return Result()
-    student, teacher = ctx.model("sft", "sft"), ctx.model("rl-teacher", "rl")
+    student, teacher = ctx.model("sft"), ctx.model("rl-teacher")
     result = Result(rows_in=ctx.lake.read("rl_prompts", ["prompt_id"]).num_rows)
     for name, weight in (("opd", 0.0), ("opd+rl", cfg.opd.rl_weight)):
         optimise(cfg, ctx, Plan(name, student, cfg.opd.train, rank_weight=weight, teacher=teacher), result)

@@ -48,7 +48,7 @@ def run(cfg: Config, ctx: Context) -> Result:
     start = cfg.rl.start
     plans = (("rl-teacher", f"{start}-teacher", cfg.rl.teacher), ("rl", start, cfg.rl.student))
     for name, base, settings in plans if cfg.models.teacher else plans[1:]:
-        optimise(cfg, ctx, Plan(name, ctx.model(base, start), settings), result)
+        optimise(cfg, ctx, Plan(name, ctx.model(base), settings), result)
     return result
 
 

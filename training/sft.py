@@ -38,7 +38,7 @@ def run(cfg: Config, ctx: Context) -> Result:
     for name, start, settings in sizes if cfg.models.teacher else sizes[:1]:
         table = windows(cfg, ctx, settings)
         result.rows_in = table.total
-        base = ctx.model(start, "midtrain")
+        base = ctx.model(start)
         model, tokenizer = load(base.path, dropout=cfg.sft.dropout)
         wake(model, base.manifest.get("unread", []), cfg.seed)
         inputs = {"tables": {"sft_examples": ctx.lake.content_version("sft_examples")}, "models": {start: base.hash}}

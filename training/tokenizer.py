@@ -42,7 +42,7 @@ def run(cfg: Config, ctx: Context) -> Result:
         manifest |= {"levels": books.levels, "codes": books.codes, "mean_residual": float(residual_N.mean())}
         books.save(folder, {"settings": settings, "mean_residual": round(float(residual_N.mean()), 6)})
         (folder / "fitted_items.json").write_text(json.dumps(ids))
-    made = ctx.model("tokenizer", "tokenizer")
+    made = ctx.model("tokenizer")
     ctx.log(f"tokenizer: {made.id}, {books.levels} levels of {books.codes} codes, mean residual {residual_N.mean():.3f}")
     return Result(rows_in=len(ids), rows_out=len(ids), detail={"tokenizer": made.id, "mean_residual": float(residual_N.mean())})
 
@@ -122,7 +122,7 @@ def pair_rows(ctx: Context, ids: list[str]) -> NDArray[np.int64]:
 
 def _kept(ctx: Context, settings: dict[str, Any]) -> artifacts.Artifact | None:
     try:
-        current = ctx.model("tokenizer", "tokenizer")
+        current = ctx.model("tokenizer")
     except MissingInputError:
         return None
     return current if current.manifest["settings"] == settings else None

@@ -167,7 +167,7 @@ def _counted(ctx: Context, lake: Lake, checks: dict[str, tuple[tuple[str, ...], 
     """The findings of some checks on a lake's versions."""
     import duckdb
 
-    tokenizer = artifacts.resolve(ctx.root, "tokenizer", "tokenizer").id if "tokenizer" in artifacts.names(ctx.root) else ""
+    tokenizer = artifacts.resolve(ctx.root, "tokenizer").id if "tokenizer" in artifacts.names(ctx.root) else ""
     known: dict[str, Any] = {"window": ctx.cfg.evidence.window, "tokenizer": tokenizer}
     found = []
     with duckdb.connect() as connection:

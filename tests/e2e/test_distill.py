@@ -48,7 +48,7 @@ def test_fast_learns_order_and_log_probabilities(make_ctx):
     table = rows(tokenizer, 40)
     tiny.put(ctx, "distill_examples", table)
     distill.run(ctx.cfg, ctx)
-    made = ctx.model("fast", "distill")
+    made = ctx.model("fast")
     curve = [json.loads(line) for line in (made.path / "metrics.jsonl").read_text().splitlines()]
     assert curve[-1]["loss"] < 0.4 * curve[0]["loss"]
     assert curve[-1]["same_first"] > 0.95
@@ -63,21 +63,21 @@ def test_it_starts_where_the_profile_says(make_ctx):
     tokenizer = tiny.model_named(ctx, "sft", "rl")
     tiny.put(ctx, "distill_examples", rows(tokenizer, 8))
     distill.run(ctx.cfg, ctx)
-    assert ctx.model("fast", "distill").manifest["inputs"]["models"] == {"sft": ctx.model("sft", "sft").hash}
+    assert ctx.model("fast").manifest["inputs"]["models"] == {"sft": ctx.model("sft").hash}
     early = make_ctx(["distill.train.max_steps=1", "distill.start=midtrain"])
     with artifacts.publish_folder(ctx.root, "midtrain", {"unread": [5, 9]}) as folder:
-        model, _ = load(ctx.model("rl", "rl").path)
+        model, _ = load(ctx.model("rl").path)
         before = model.get_input_embeddings().weight.detach().clone()
         save(model, tokenizer, folder)
     distill.run(early.cfg, ctx)
-    rows_VD = load(ctx.model("fast", "distill").path)[0].get_input_embeddings().weight
+    rows_VD = load(ctx.model("fast").path)[0].get_input_embeddings().weight
     moved_V = (rows_VD - before).norm(dim=1)
     assert moved_V[[5, 9]].min() > 10 * moved_V[10:].max(), "what mid-training never read is drawn anew, as before SFT"
 
 
 def test_the_loss_of_a_batch_is_the_mean_over_examples_of_any_length(ctx):
     tokenizer = tiny.model_named(ctx, "rl")
-    model, _ = load(ctx.model("rl", "rl").path)
+    model, _ = load(ctx.model("rl").path)
     tiny.put(ctx, "distill_examples", rows(tokenizer, 5))
     table = ctx.lake.read("distill_examples", order_by=["ordinal"])
     examples, taught = distill.to_examples(tokenizer, table)

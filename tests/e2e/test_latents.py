@@ -31,7 +31,7 @@ def world(make_ctx):
     tokenizer = tiny.model_named(ctx, "rl")
     with artifacts.publish_folder(ctx.root, "tokenizer", {}) as folder:
         (folder / "config.json").write_text("{}")
-    version = ctx.model("tokenizer", "tokenizer").id
+    version = ctx.model("tokenizer").id
     none = dict.fromkeys(("title", "brand", "price", "first_seen"))
     items = [{**none, "item_id": f"i{i}", "categories": [], "text": f"Item {i}", "has_text": True} for i in range(144)]
     tiny.put(ctx, "items", items)
@@ -89,7 +89,7 @@ def test_a_compressor_is_not_asked_for_thoughts(section):
 def test_vectors_that_are_the_tokens_own_embeddings_change_nothing(world):
     """With k = the ID's two tokens and a compressor that gives their embeddings, both readings are one."""
     ctx, tokenizer = world
-    model, _ = load(ctx.model("rl", "rl").path)
+    model, _ = load(ctx.model("rl").path)
     items = latents.read_items(ctx, ctx.cfg, tokenizer)
     found = latents.texts(model, tokenizer, read_tasks(ctx, "valid"), items, load_template())
 
@@ -123,7 +123,7 @@ def test_the_frozen_model_goes_where_the_compressor_trains(world, monkeypatch):
 def test_it_trains_measures_and_leaves_vectors(world):
     ctx, _ = world
     result = latents.run(ctx.cfg, ctx)
-    made = ctx.model("latents", "latents")
+    made = ctx.model("latents")
     before, after = result.detail["before"], result.detail["after"]
     assert after["kl"] < 0.7 * before["kl"]
     assert after["tokens"] == after["tokens_full"] - 6  # three history items and three candidates, two tokens each
@@ -136,11 +136,11 @@ def test_it_trains_measures_and_leaves_vectors(world):
     assert np.isfinite(vectors).all()
     assert set(table["text_tokens"].to_pylist()) == {2}
     said = json.loads((made.path / "compressor.json").read_text())
-    assert said["base"] == ctx.model("rl", "rl").id
+    assert said["base"] == ctx.model("rl").id
     shorter = result.detail["brief"]
     assert 0.05 < shorter["saved"] == 1 - shorter["tokens"] / shorter["tokens_full"]
     latents.run(ctx.cfg, ctx)
-    assert (ctx.model("latents", "latents").hash, ctx.model("brief", "latents").manifest["after"]) == (made.hash, shorter)
+    assert (ctx.model("latents").hash, ctx.model("brief").manifest["after"]) == (made.hash, shorter)
 
 
 def test_a_policy_learns_what_its_ranker_needs_and_leaves_out_the_rest(world, monkeypatch):
@@ -154,16 +154,16 @@ def test_a_policy_learns_what_its_ranker_needs_and_leaves_out_the_rest(world, mo
     monkeypatch.setattr(brief, "orders", orders)
     trained, train = [], brief.train
     monkeypatch.setattr(brief, "train", lambda *parts, **more: trained.append(more["fingerprint"]) or train(*parts, **more))
-    model, _ = load(ctx.model("rl", "rl").path)
+    model, _ = load(ctx.model("rl").path)
     template = load_template()
-    after = brief.fit(ctx.cfg, ctx, model, tokenizer, ctx.model("rl", "rl"), template)["brief"]
-    (short,) = compressing(ctx.cfg, ctx, ctx.model("brief", "latents"))([brief.asked(read_tasks(ctx, "valid")[0], template).prompt])
+    after = brief.fit(ctx.cfg, ctx, model, tokenizer, ctx.model("rl"), template)["brief"]
+    (short,) = compressing(ctx.cfg, ctx, ctx.model("brief"))([brief.asked(read_tasks(ctx, "valid")[0], template).prompt])
     assert "nextTop @" in short
     assert short.count("<a_") < 3
     assert (after["ndcg3"], after["tau"]) == (after["ndcg3_full"], 1.0)
     assert after["saved"] > 0.25
-    assert trained == [ctx.model("brief", "latents").manifest["fingerprint"]], "by which a tracker knows its run"
-    curve = [json.loads(line) for line in (ctx.model("brief", "latents").path / "metrics.jsonl").read_text().splitlines()]
+    assert trained == [ctx.model("brief").manifest["fingerprint"]], "by which a tracker knows its run"
+    curve = [json.loads(line) for line in (ctx.model("brief").path / "metrics.jsonl").read_text().splitlines()]
     assert curve[-1]["reward"] > curve[0]["reward"] + 0.05
 
 

@@ -77,7 +77,7 @@ def world(ctx: Context) -> list[int]:
     ]
     put(ctx, "midtrain_examples", [row | {"ordinal": ordinal(row["example_id"])} for row in rows])
     codes = [
-        {"tokenizer": ctx.model("tokenizer", "tokenizer").id, "item_id": f"i{i}", "codes": codes_of(i), "token_text": to_text(codes_of(i)),
+        {"tokenizer": ctx.model("tokenizer").id, "item_id": f"i{i}", "codes": codes_of(i), "token_text": to_text(codes_of(i)),
          "learned_codes": codes_of(i), "separated": False, "residual": 0.0, "added_on": dt.date(2026, 1, 1)}
         for i in range(ITEMS)
     ]  # fmt: skip
@@ -94,7 +94,7 @@ def test_the_pre_ranker_learns_what_follows(make_ctx: Callable[..., Context]) ->
     assert set(result.detail) == {"midtrain", "midtrain-refit", "midtrain-teacher"}
     trie = Trie.build(np.array([codes_of(i) for i in range(ITEMS)]))
     for name in ("midtrain", "midtrain-refit"):
-        model, tokenizer = load(ctx.model(name, "midtrain").path)
+        model, tokenizer = load(ctx.model(name).path)
         ids_LK = sid_ids(tokenizer)
         prompts = [[tokenizer.bos_token_id, *tokenizer(walk(s, 8), add_special_tokens=False)["input_ids"]] for s in starts]
         found = beam_search(model, ids_LK, trie, prompts, 5, pad=tokenizer.pad_token_id)
@@ -102,7 +102,7 @@ def test_the_pre_ranker_learns_what_follows(make_ctx: Callable[..., Context]) ->
         assert hits.mean() > 0.8, f"{name}: {hits.mean():.0%} of the next items are ranked first"
         assert model.config._attn_implementation == "sdpa"
         assert model.config.architectures == ["Qwen3ForCausalLM"]
-    student, refit = (ctx.model(name, "midtrain") for name in ("midtrain", "midtrain-refit"))
+    student, refit = (ctx.model(name) for name in ("midtrain", "midtrain-refit"))
     lines = [json.loads(line) for line in (student.path / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["valid_loss"] < 0.5 * lines[0]["loss"]
     assert lines[-1]["loss"] < lines[0]["loss"]
@@ -117,7 +117,7 @@ def test_the_pre_ranker_learns_what_follows(make_ctx: Callable[..., Context]) ->
     larger = make_ctx([*SMALL, f"models.teacher={{{SIZE.replace('layers: 2', 'layers: 3')}}}"])
     assert midtrain.run(larger.cfg, ctx).detail.keys() == result.detail.keys()
     assert (student.path / "model.safetensors").stat().st_mtime_ns == kept, "it goes on with the model that is missing"
-    teacher = ctx.model("midtrain-teacher", "midtrain")
+    teacher = ctx.model("midtrain-teacher")
     assert teacher.manifest["parameters"] > student.manifest["parameters"], "another teacher is no reason to train the student again"
 
 
@@ -128,7 +128,7 @@ def test_the_refit_starts_where_it_should_with_the_students_own_vectors(make_ctx
     ctx = make_ctx(asked)
     world(ctx)
     midtrain.run(ctx.cfg, ctx)
-    student, refit, teacher = (ctx.model(name, "midtrain") for name in ("midtrain", "midtrain-refit", "midtrain-teacher"))
+    student, refit, teacher = (ctx.model(name) for name in ("midtrain", "midtrain-refit", "midtrain-teacher"))
     first_of = [json.loads((m.path / "metrics.jsonl").read_text().splitlines()[0])["loss"] for m in (student, refit)]
     learned, started = (load_file(m.path / FILE)["vectors_ND"].norm().item() for m in (student, refit))
     assert not (teacher.path / FILE).exists(), "the teacher makes no lists"
@@ -140,8 +140,8 @@ def test_the_refit_starts_where_it_should_with_the_students_own_vectors(make_ctx
         assert started < 0.5 * learned, "one step from zero"
     shorter = make_ctx([*asked, f"midtrain.student={{max_steps: 30, {TRAINING}}}"])
     midtrain.run(shorter.cfg, ctx)
-    assert ctx.model("midtrain", "midtrain").hash != student.hash
-    again = ctx.model("midtrain-refit", "midtrain").hash != refit.hash
+    assert ctx.model("midtrain").hash != student.hash
+    again = ctx.model("midtrain-refit").hash != refit.hash
     assert again == (refit_from == "midtrain"), "another student makes another refit where it is trained on, and else none"
 
 
@@ -153,7 +153,7 @@ def test_a_table_larger_than_the_window_is_learned_too(make_ctx: Callable[..., C
     assert (table.lanes, len(table)) == (4, 8)
     assert sum(len(window) for window in table) == table.total == 132
     result = midtrain.run(ctx.cfg, ctx)
-    student = ctx.model("midtrain", "midtrain")
+    student = ctx.model("midtrain")
     lines = [json.loads(line) for line in (student.path / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["valid_loss"] < 0.9 * lines[0]["loss"]
     assert result.rows_in == 264

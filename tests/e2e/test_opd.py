@@ -39,7 +39,7 @@ def test_the_student_moves_to_its_teacher_and_both_losses_train(make_ctx):
     result = opd.run(ctx.cfg, ctx)
     curves = {}
     for name in ("opd", "opd+rl"):
-        made = ctx.model(name, "opd")
+        made = ctx.model(name)
         curves[name] = [json.loads(line) for line in (made.path / "metrics.jsonl").read_text().splitlines()]
         assert len(curves[name]) == 10
         assert made.manifest["inputs"]["models"].keys() == {"sft", "rl-teacher"}
@@ -48,8 +48,8 @@ def test_the_student_moves_to_its_teacher_and_both_losses_train(make_ctx):
         assert len(stored) == 16
     kl = [line["reverse_kl"] for line in curves["opd"]]
     assert sum(kl[5:]) / 5 < 0.85 * sum(kl[:3]) / 3, kl  # of many samples: a step has 16
-    assert ctx.model("opd", "opd").manifest["inputs"]["rank_weight"] == 0.0
-    assert ctx.model("opd+rl", "opd").manifest["inputs"]["rank_weight"] == 1.0
+    assert ctx.model("opd").manifest["inputs"]["rank_weight"] == 0.0
+    assert ctx.model("opd+rl").manifest["inputs"]["rank_weight"] == 1.0
 
 
 def test_another_vocabulary_is_refused(make_ctx):

@@ -46,7 +46,7 @@ def world(ctx: Context) -> None:
     rng = np.random.default_rng(2)
     with artifacts.publish_folder(ctx.root, "tokenizer", {}) as folder:
         (folder / "config.json").write_text("{}")
-    version = artifacts.resolve(ctx.root, "tokenizer", "").id
+    version = artifacts.resolve(ctx.root, "tokenizer").id
     fill(ctx, "items", [{"item_id": f"i{i}", "text": f"Item {i}"} for i in range(ITEMS)])
     codes = [{"tokenizer": version, "item_id": f"i{i}", "token_text": to_text((i // 12, i % 12))} for i in range(ITEMS)]
     fill(ctx, "semantic_ids", codes)
@@ -92,7 +92,7 @@ def test_scores_are_permutations_or_named_failures_and_a_rerun_adds_nothing(make
     assert {r["status"] for r in scored} == {"ok"}
     assert len({(tuple(r["labels"]), tuple(r["shown"])) for r in scored}) > LISTED, "labels and slots are shuffled"
 
-    model, tokenizer = load(ctx.model("rl", "rl").path)
+    model, tokenizer = load(ctx.model("rl").path)
     seen = list(views(ctx, ctx.cfg, "test", [r["request_id"] for r in scored], (0, 1)))
     prompts = dict(
         zip(
@@ -124,7 +124,7 @@ def test_scores_are_permutations_or_named_failures_and_a_rerun_adds_nothing(make
 
     check_nights(ctx)
     with artifacts.publish_folder(ctx.root, "opd", {}) as draft:
-        load_tokenizer(ctx.model("rl", "rl").path).save_pretrained(draft)
+        load_tokenizer(ctx.model("rl").path).save_pretrained(draft)
     version = ctx.lake.version("rerank_scores")
     with pytest.raises(ModelError, match=r"no \.safetensors.*nothing was published"):
         rerank_scores.run(ctx.cfg, ctx)
@@ -167,7 +167,7 @@ def test_compressed_contexts_are_scored_under_their_own_names(make_ctx):
     """Vectors that are the embeddings of an ID's own tokens change nothing; the policy here leaves out all that it may."""
     ctx = make_ctx([*SETTINGS, "scoring.structured=false", "scoring.models={rl: [score], latents: [score, direct], brief: [score]}"])
     world(ctx)
-    base, template = ctx.model("rl", "rl"), load_template("rerank_v1")
+    base, template = ctx.model("rl"), load_template("rerank_v1")
     model, tokenizer = load(base.path)
     policy = compressed.Shortener(len(tokenizer))
     torch.nn.init.constant_(policy.bias, -1.0)
@@ -178,7 +178,7 @@ def test_compressed_contexts_are_scored_under_their_own_names(make_ctx):
     with pytest.raises(MissingInputError, match="gr2 stage item_latents"):
         rerank_scores.run(ctx.cfg, ctx)
     own_VD = model.get_input_embeddings().weight.detach()
-    common = {"compressor": ctx.model("latents", "latents").id, "k": 2, "text_tokens": 2}
+    common = {"compressor": ctx.model("latents").id, "k": 2, "text_tokens": 2}
     sids = {f"i{i}": to_text((i // 12, i % 12)) for i in range(1, ITEMS)}  # i0 is not among them: it stays said in tokens
     vectors = {i: own_VD[encode(tokenizer, sid)].flatten().tolist() for i, sid in sids.items()}
     fill(ctx, "item_latents", [{**common, "item_id": i, "vectors": own} for i, own in vectors.items()])

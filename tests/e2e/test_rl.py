@@ -45,7 +45,7 @@ def rollout(index: int, group: int, tokens: tuple[int, ...], prompt: tuple[int, 
 
 def test_a_tree_gives_the_logprobs_of_the_separate_texts(ctx):
     tiny.model_named(ctx, "sft")
-    model, _ = load(ctx.model("sft", "sft").path)
+    model, _ = load(ctx.model("sft").path)
     rng = torch.Generator().manual_seed(0)
     draw = lambda n: tuple(torch.randint(10, 300, (n,), generator=rng).tolist())  # noqa: E731
     prompts = [draw(9), draw(5)]
@@ -152,7 +152,7 @@ def test_a_click_where_few_look_counts_more_and_moves_no_target(make_ctx):
 def policy_of(ctx):
     """A policy in training; its sampler is not started."""
     tiny.model_named(ctx, "sft")
-    plan = rl.Plan("rl", ctx.model("sft", "sft"), ctx.cfg.rl.student)
+    plan = rl.Plan("rl", ctx.model("sft"), ctx.cfg.rl.student)
     return rl.Policy(ctx.cfg, ctx, plan, "rl-x", load(plan.start.path)[0], None, ctx.work("curve") / "metrics.jsonl")
 
 
@@ -211,7 +211,7 @@ def test_rl_trains_repeats_and_survives_a_kill(make_ctx):
     tokenizer = tiny.trained(ctx, "sft-teacher")
     tiny.put(ctx, "rl_prompts", tiny.rl_rows(tokenizer, 12) + tiny.rl_rows(tokenizer, 8, "valid", 100))
     result = rl.run(ctx.cfg, ctx)
-    made = ctx.model("rl", "rl")
+    made = ctx.model("rl")
     curve = [json.loads(line) for line in (made.path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in curve] == [1, 2, 3]
     assert {"reward", "invalid", "identity", "ratio", "tau_incoming", "dropped", "alarms"} <= set(curve[0])
@@ -228,12 +228,12 @@ def test_rl_trains_repeats_and_survives_a_kill(make_ctx):
     shutil.rmtree(ctx.root / "models" / "rl")
     (folder / "step-00003.arrow").unlink()  # killed while the third step was sampled
     (folder / "valid-00003.json").unlink()
-    plan = rl.Plan("rl", ctx.model("sft", "sft"), ctx.cfg.rl.student)
+    plan = rl.Plan("rl", ctx.model("sft"), ctx.cfg.rl.student)
     again = Result()
     rl.optimise(ctx.cfg, ctx, plan, again)
     assert again.detail["rl"]["run"] == outcome["run"]
     assert rollouts.load(folder / "step-00002.arrow") == stored
-    repeated = [json.loads(line) for line in (ctx.model("rl", "rl").path / "metrics.jsonl").read_text().splitlines()]
+    repeated = [json.loads(line) for line in (ctx.model("rl").path / "metrics.jsonl").read_text().splitlines()]
     for name in ("loss", "grad_norm", "reward", "valid_ndcg3"):
         assert [line.get(name) for line in repeated] == [line.get(name) for line in curve], "training repeats bit for bit"
-    assert ctx.model("rl", "rl").hash == before
+    assert ctx.model("rl").hash == before

@@ -54,7 +54,7 @@ def test_each_fit_learns_what_follows_in_its_splits(make_ctx: Callable[..., Cont
     result = sasrec.run(ctx.cfg, ctx)
     assert set(result.detail) == {"sasrec", "sasrec-refit"}
     for name, known in (("sasrec", 5), ("sasrec-refit", 6)):
-        artifact = ctx.model(name, "sasrec")
+        artifact = ctx.model(name)
         model = load(artifact.path)
         number = {item: place for place, item in enumerate(model.names, 1)}
         walks = [[(s + 3 * k) % ITEMS for k in range(known + 1)] for s in starts]

@@ -24,7 +24,7 @@ def test_sft_learns_the_format_and_a_rerun_gives_the_same_model(make_ctx):
     tokenizer = tiny.model_named(ctx, "midtrain", "midtrain-teacher")
     tiny.put(ctx, "sft_examples", tiny.sft_rows(tokenizer, 48))
     result = sft.run(ctx.cfg, ctx)
-    first = ctx.model("sft", "sft")
+    first = ctx.model("sft")
     curve = [json.loads(line) for line in (first.path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in curve] == list(range(1, 21))
     assert curve[-1]["loss"] < 0.5 * curve[0]["loss"]
@@ -35,17 +35,17 @@ def test_sft_learns_the_format_and_a_rerun_gives_the_same_model(make_ctx):
     assert (first.path / "model.safetensors").stat().st_mtime_ns == weights, "trained from the same inputs before: kept"
     shutil.rmtree(ctx.root / "models" / "sft")
     sft.run(ctx.cfg, ctx)
-    assert ctx.model("sft", "sft").hash == first.hash, "trained again, it is the same model"
+    assert ctx.model("sft").hash == first.hash, "trained again, it is the same model"
     other = make_ctx([*QUICK, "sft.reasoning_weight=0.2"])
     sft.run(other.cfg, other)
-    trained = other.model("sft", "sft").path / "model.safetensors"
-    assert other.model("sft", "sft").hash != first.hash, "other settings, not those of the trainer alone: trained anew"
-    written, teacher = trained.stat().st_mtime_ns, other.model("sft-teacher", "sft").hash
+    trained = other.model("sft").path / "model.safetensors"
+    assert other.model("sft").hash != first.hash, "other settings, not those of the trainer alone: trained anew"
+    written, teacher = trained.stat().st_mtime_ns, other.model("sft-teacher").hash
     how = ["sft.student.zero_stage=2", "sft.student.checkpoint_every=5"]
     longer = make_ctx([*QUICK, "sft.reasoning_weight=0.2", "sft.teacher.max_steps=3", *how])
     sft.run(longer.cfg, longer)
     assert trained.stat().st_mtime_ns == written, "the teacher's settings do not decide the student, nor does how it is run"
-    assert longer.model("sft-teacher", "sft").hash != teacher
+    assert longer.model("sft-teacher").hash != teacher
 
 
 def test_a_table_larger_than_the_window_is_learned_too(make_ctx):
@@ -58,13 +58,13 @@ def test_a_table_larger_than_the_window_is_learned_too(make_ctx):
     assert (table.lanes, sum(map(len, table))) == (8, 96)
     assert max(map(len, table)) <= 9
     assert sft.run(ctx.cfg, ctx).rows_in == 96
-    curve = [json.loads(line)["loss"] for line in (ctx.model("sft", "sft").path / "metrics.jsonl").read_text().splitlines()]
+    curve = [json.loads(line)["loss"] for line in (ctx.model("sft").path / "metrics.jsonl").read_text().splitlines()]
     assert curve[-1] < 0.5 * curve[0]
 
 
 def test_the_loss_weighs_thought_and_answer_and_reads_the_prompt(ctx):
     tokenizer = tiny.model_named(ctx, "midtrain")
-    model, _ = load(ctx.model("midtrain", "midtrain").path)
+    model, _ = load(ctx.model("midtrain").path)
     (row,) = tiny.sft_rows(tokenizer, 1)
     lesson = sft.Lesson(row["prompt"], row["reasoning"], row["answer"])
     batch = to_batch(pack(sft.to_examples(tokenizer, [lesson], 0.25, 2.0), 512), [0])
@@ -80,7 +80,7 @@ def test_the_loss_weighs_thought_and_answer_and_reads_the_prompt(ctx):
 
 def test_rows_that_midtraining_never_read_are_told_apart_again(ctx):
     tokenizer = tiny.model_named(ctx, "midtrain")
-    model, _ = load(ctx.model("midtrain", "midtrain").path)
+    model, _ = load(ctx.model("midtrain").path)
     table, unread = model.get_input_embeddings().weight, label_ids(tokenizer)
     before = table.detach().clone()
     with torch.no_grad():
@@ -110,7 +110,7 @@ def test_a_model_that_could_not_be_published_goes_on_from_its_checkpoint(make_ct
     monkeypatch.undo()
     sft.run(ctx.cfg, ctx)
     assert "resumed at step 16 of 20" in (ctx.root / "logs" / "gr2.log").read_text()
-    assert ctx.model("sft", "sft").manifest["steps"] == 20
+    assert ctx.model("sft").manifest["steps"] == 20
     assert checkpoints.latest(home) is None, "removed when the model is there"
 
 

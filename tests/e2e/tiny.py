@@ -127,7 +127,7 @@ def trained(ctx: Context, *names: str) -> Any:
     tokenizer = model_named(ctx, "midtrain", "midtrain-teacher")
     put(ctx, "sft_examples", sft_rows(tokenizer, 64))
     sft.run(ctx.cfg, ctx)
-    model, _ = load(ctx.model("sft", "sft").path)
+    model, _ = load(ctx.model("sft").path)
     for name in set(names) - {"sft"}:
         with artifacts.publish_folder(ctx.root, name, {}) as draft:
             save(model, tokenizer, draft)

@@ -34,7 +34,7 @@ def build(ctx: Context, *models: str) -> dict[str, dict[str, Any]]:
     requests = rerank_world.learnable(ctx)
     with artifacts.publish_folder(ctx.root, "tokenizer", {}) as folder:
         (folder / "config.json").write_text("{}")
-    version = ctx.model("tokenizer", "tokenizer").id
+    version = ctx.model("tokenizer").id
     rows = []
     for item in range(24):
         codes = [item // 12, item % 12]

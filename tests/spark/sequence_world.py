@@ -49,7 +49,7 @@ def catalogue(ctx: Context, count: int = ITEMS) -> None:
     )
     with artifacts.publish_folder(ctx.root, "tokenizer", {}) as folder:
         books.save(folder, {})
-    version = ctx.model("tokenizer", "tokenizer").id
+    version = ctx.model("tokenizer").id
     names = ["red", "blue", "green", "small", "large", "soft", "bright", "old"]
     items, codes = [], []
     for k in range(count):

@@ -106,7 +106,7 @@ def scores_of_all(ctx: Context, name: str, row: dict[str, Any], banned: set[str]
     """log of the mixture of every item that may be listed: the language model one by one, by whole forward passes; counts in plain loops;
     SASRec by its softmax over what may be listed."""
     history = row["history_ids"]
-    model, tokenizer = load(ctx.model(name, "midtrain").path)
+    model, tokenizer = load(ctx.model(name).path)
     ids_LK = sid_ids(tokenizer)
     prompt = [tokenizer.bos_token_id, *(int(ids_LK[level, c]) for i in history[-5:] for level, c in enumerate(codes_of(int(i[1:]))))]
     found = []
@@ -121,7 +121,7 @@ def scores_of_all(ctx: Context, name: str, row: dict[str, Any], banned: set[str]
         items_ND = torch.stack([sum(table[ids_LK[level, c]] for level, c in enumerate(codes_of(item))) for item in range(ITEMS)])
         whole_N = torch.log_softmax(items_ND @ state_D, dim=-1).numpy()
     network_N = np.exp((np.array(found) + whole_N) / 2)
-    items = sasrec.load(ctx.model(name.replace("midtrain", "sasrec"), "sasrec").path)
+    items = sasrec.load(ctx.model(name.replace("midtrain", "sasrec")).path)
     number = {item: place for place, item in enumerate(items.names, 1)}
     listed = [i for i in range(ITEMS) if f"i{i}" not in banned]
     logits_M = items.after([[number[i] for i in history]])[0]
@@ -154,7 +154,7 @@ def test_beams_rank_every_live_item_but_the_history(make_ctx: Callable[..., Cont
     for row in table:
         name = "midtrain-refit" if row["split"] == "test" else "midtrain"
         assert row["fit"] == ("refit" if row["split"] == "test" else "train")
-        assert row["model_id"] == ctx.model(name, "midtrain").id
+        assert row["model_id"] == ctx.model(name).id
         assert row["source"] == "beam"
         unborn = {f"i{k}" for k in range(ITEMS) if START + dt.timedelta(days=k) > row["as_of"]}
         listed, banned = row["candidate_ids"], wanted[row["request_id"]]["seen_ids"] | unborn

@@ -81,13 +81,13 @@ def test_the_stage_asks_its_source_and_a_rerun_changes_nothing(make_ctx):
     rows = ctx.lake.read("distill_examples", order_by=["example_id"]).to_pylist()
     assert result.rows_out == len(rows) == 12
     assert {asked[r["request_id"]]["split"] for r in rows} == {"rerank"}
-    assert {r["source_model"] for r in rows} == {ctx.model("rl", "rl").id}
+    assert {r["source_model"] for r in rows} == {ctx.model("rl").id}
     assert result.detail["did_not_parse"] == sum(r["source_mode"] == "score" for r in rows)
     closing = load_template().closing["direct"]
     assert all(r["prompt"].endswith(f"{closing}\n{EMPTY_THOUGHT}{ANSWER_OPEN}") for r in rows)
     shown = {f"{row['request_id']}#{row['replica']}": view for row, view in views(ctx, ctx.cfg, "rerank", None, (0, 1))}
     assert all(sorted(r["order"]) == sorted(shown[r["example_id"]].labels) for r in rows)
-    model, tokenizer = load(ctx.model("rl", "rl").path)
+    model, tokenizer = load(ctx.model("rl").path)
     alone = [r for r in rows if r["source_mode"] == "score"]
     wanted = label_logprobs(model, tokenizer, [r["prompt"] for r in alone], list(LABELS[:10]))
     for row, scores in zip(alone, wanted, strict=True):

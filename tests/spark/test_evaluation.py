@@ -23,7 +23,7 @@ def model(ctx: Context, name: str) -> str:
     """An artifact that stands for a trained model; its id."""
     with artifacts.publish_folder(ctx.root, name, {}) as folder:
         (folder / "config.json").write_text(json.dumps({"model": name}))
-    return artifacts.resolve(ctx.root, name, "").id
+    return artifacts.resolve(ctx.root, name).id
 
 
 def scores(ctx: Context, requests: dict[str, dict], leave_out: int = 0) -> None:

@@ -37,11 +37,11 @@ def test_vectors_know_topics_and_no_future_and_reruns_change_nothing(make_ctx: C
         scores = matrix @ matrix.T
         assert scores[same].mean() > scores[~same].mean() + 0.3
     version = ctx.lake.version("item_embeddings")
-    model = ctx.model("embedder", "item_embeddings").hash
+    model = ctx.model("embedder").hash
     put_pairs(ctx, ids, "refit", shift=1)  # a later window that says something else
     item_embeddings.run(ctx.cfg, ctx)
     assert ctx.lake.version("item_embeddings") == version
-    assert ctx.model("embedder", "item_embeddings").hash == model
+    assert ctx.model("embedder").hash == model
 
 
 def test_frozen_projection_puts_new_items_into_the_same_space(make_ctx: Callable[..., Context]) -> None:

@@ -125,9 +125,7 @@ def promote_others(ctx: Context) -> None:
     with artifacts.publish_folder(ctx.root, "tokenizer", {}) as folder:
         (folder / "config.json").write_text("{}")
     codes = ctx.lake.read("semantic_ids", order_by=["item_id"]).to_pylist()
-    other = [
-        row | {"item_id": of["item_id"], "tokenizer": ctx.model("tokenizer", "x").id} for row, of in zip(codes, codes[::-1], strict=True)
-    ]
+    other = [row | {"item_id": of["item_id"], "tokenizer": ctx.model("tokenizer").id} for row, of in zip(codes, codes[::-1], strict=True)]
     put(ctx, "semantic_ids", codes + other)
     model_named(ctx, "midtrain-refit", seed=9)
     sasrec_named(ctx, "sasrec-refit", seed=9)
@@ -142,12 +140,12 @@ def test_a_past_night_stands_while_its_data_do_whichever_pre_ranker_is_out(tmp_p
     run_night(tmp_path, 31, LOG[31])
     after = {name: [r for r in rows if r["request_id"] in {b["request_id"] for b in before[name]}] for name, rows in lists(ctx).items()}
     assert after == before
-    assert {r["model_id"] for r in lists(ctx)["candidates"]} == {before["candidates"][0]["model_id"], ctx.model("midtrain-refit", "x").id}
+    assert {r["model_id"] for r in lists(ctx)["candidates"]} == {before["candidates"][0]["model_id"], ctx.model("midtrain-refit").id}
     version = ctx.lake.version("candidates")
     run_night(tmp_path, 30, [])
     assert ctx.lake.version("candidates") == version, "a night that is asked for again stands, too"
     nights = [START + dt.timedelta(days=d) for d in (30, 31)]
-    tokenizers = dict.fromkeys(nights, ctx.model("tokenizer", "x").hash)
+    tokenizers = dict.fromkeys(nights, ctx.model("tokenizer").hash)
     known = night_lists.made_from(ctx, tokenizers)
     for table in ("histories", "pair_days"):  # published apart from the interactions, they may come later than these
         rows = ctx.lake.read(table, order_by=["as_of" if table == "histories" else "event_date"]).to_pylist()

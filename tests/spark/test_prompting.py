@@ -63,7 +63,7 @@ def test_tables_that_disagree_are_refused(ctx):
 
 def test_prompts_keep_to_their_budget_by_leaving_out_the_oldest(make_ctx):
     ctx = settle(make_ctx())
-    tokenizer = load_tokenizer(ctx.model("midtrain", "midtrain").path)
+    tokenizer = load_tokenizer(ctx.model("midtrain").path)
     shown = [view for _, view in views(ctx, ctx.cfg, "rerank")][:20]
     whole = render_texts(tokenizer, shown, ctx.cfg, "direct")
     assert all(text.endswith(EMPTY_THOUGHT) for text in whole)
@@ -92,7 +92,7 @@ def test_prompts_keep_to_their_budget_by_leaving_out_the_oldest(make_ctx):
 
 def test_a_targeted_prompt_adds_one_line(ctx):
     settle(ctx)
-    tokenizer = load_tokenizer(ctx.model("midtrain", "midtrain").path)
+    tokenizer = load_tokenizer(ctx.model("midtrain").path)
     row, view = next(iter(views(ctx, ctx.cfg, "rerank")))
     plain, told = (render_texts(tokenizer, [view], ctx.cfg, "think", targets=[t])[0] for t in (None, row["candidate_ids"][2]))
     added = set(told.splitlines()) - set(plain.splitlines())

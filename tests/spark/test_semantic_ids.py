@@ -33,7 +33,7 @@ SMALL = [
 
 
 def codes(ctx: Context) -> dict[str, dict[str, Any]]:
-    version = ctx.model("tokenizer", "tokenizer").id
+    version = ctx.model("tokenizer").id
     return {r["item_id"]: r for r in ctx.lake.read("semantic_ids", order_by=["item_id"], tokenizer=version).to_pylist()}
 
 
@@ -47,7 +47,7 @@ def test_bijection_rerun_and_inserts(make_ctx: Callable[..., Context]) -> None:
     put_pairs(ctx, ids, "train", shift=0)
     item_embeddings.run(ctx.cfg, ctx)
     tokenizer.run(ctx.cfg, ctx)
-    made = ctx.model("tokenizer", "tokenizer")
+    made = ctx.model("tokenizer")
     assert (made.path / "metrics.jsonl").read_text().count("\n") >= 3
     assert json.loads((made.path / "fitted_items.json").read_text()) == ids
     result = semantic_ids.run(ctx.cfg, ctx)
@@ -70,7 +70,7 @@ def test_bijection_rerun_and_inserts(make_ctx: Callable[..., Context]) -> None:
     version = ctx.lake.version("semantic_ids")
     tokenizer.run(ctx.cfg, ctx)
     semantic_ids.run(ctx.cfg, ctx)
-    assert ctx.model("tokenizer", "tokenizer").id == made.id
+    assert ctx.model("tokenizer").id == made.id
     assert ctx.lake.version("semantic_ids") == version
 
     put_items(ctx, 75)
@@ -98,11 +98,11 @@ def test_codes_come_from_vectors_of_the_projection_that_the_tokenizer_knows(make
     for stage in (item_embeddings, tokenizer, semantic_ids):
         stage.run(ctx.cfg, ctx)
     first, pins = codes(ctx), dict(ctx.pins["tables"])
-    released = {name: ctx.model(name, "").hash for name in ("embedder", "tokenizer")}
-    assert ctx.model("tokenizer", "").manifest["embedder"] == ctx.model("embedder", "").id
+    released = {name: ctx.model(name).hash for name in ("embedder", "tokenizer")}
+    assert ctx.model("tokenizer").manifest["embedder"] == ctx.model("embedder").id
     put_items(ctx, 24)
     item_embeddings.run(other.cfg, other)
-    assert other.model("embedder", "").hash != released["embedder"]
+    assert other.model("embedder").hash != released["embedder"]
     with pytest.raises(MissingInputError, match=r"item_embeddings holds vectors of embedder@\w+, and tokenizer@\w+ was fitted on those of"):
         semantic_ids.run(ctx.cfg, ctx)
     ctx.pin("tables", "item_embeddings", pins["item_embeddings"])

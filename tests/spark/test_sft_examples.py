@@ -31,7 +31,7 @@ def test_examples_teach_accepted_orders_with_the_prompt_the_student_sees(traced,
     result = sft_examples.run(ctx.cfg, ctx)
     traces = {t["sample_id"]: t for t in ctx.lake.read("reasoning_traces").to_pylist()}
     rows = ctx.lake.read("sft_examples", order_by=["ordinal"]).to_pylist()
-    tokenizer = load_tokenizer(ctx.model("midtrain", "midtrain").path)
+    tokenizer = load_tokenizer(ctx.model("midtrain").path)
     requests = Requests(ctx, ctx.cfg, "rerank")
     places = {request: place for place, request in enumerate(requests.ids)}
     wanted = {i for i, t in traces.items() if t["verdict"] == "accepted" and t["mode"] == "rejection"}

@@ -47,6 +47,15 @@ def test_a_failure_is_one_line_and_its_code(words, code, message, tmp_path):
     assert message in done.stderr
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_failure_says_what_to_run_with_the_settings_at_hand_and_its_code_outlives_torchrun(processes, tmp_path):
+    given = f"--profile demo --set paths.root={tmp_path} --set midtrain.student.processes={processes}"
+    done = gr2("stage", "midtrain", *given.split())
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 5, done.stderr
+    assert re.search(rf"MissingInputError: .*`gr2 stage \w+ {re.escape(given)}`", last), last
+
+
 def test_a_finished_command_does_not_wait_for_the_interpreter_to_end():
     lines = "import atexit, os, sys; atexit.register(os.abort); sys.argv[1:] = ['run', '--help']; from gr2.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, check=False)

@@ -92,7 +92,7 @@ def test_a_link_that_leads_out_of_the_root_is_refused(tmp_path):
 def test_a_model_that_is_none_is_named(name):
     assume("\x00" not in name and len(name.encode()) < 200)
     with pytest.raises((MissingInputError, InputError)):
-        _context(None).model(name, "midtrain")
+        _context(None).model(name)
 
 
 def _context(root):
