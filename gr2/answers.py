@@ -38,11 +38,6 @@ class Parsed:
     order: tuple[str, ...] | None = None
     thought: str = ""
 
-    @property
-    def ok(self) -> bool:
-        """Whether there is an order."""
-        return self.order is not None
-
 
 def parse(text: str, labels: Sequence[str], mode: Mode) -> Parsed:
     """Reads a completion. `labels`: those given out. Never raises, whatever the text is.

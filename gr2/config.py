@@ -121,7 +121,7 @@ class Tokenizer(Section):
 
 
 class Model(Section):
-    """One size of language model: `base`, the folder of a Hugging Face causal LM (an id only if it is cached), or a small Qwen3 built from scratch."""
+    """One size of language model: `base`, the folder of a Hugging Face causal LM (or its id, if cached), or a small Qwen3 from scratch."""
 
     base: str | None = None
     hidden: Positive = 192

@@ -201,17 +201,12 @@ STAGES = (
 )
 
 
-def names() -> list[str]:
-    """Stage names, in order."""
-    return [s.name for s in STAGES]
-
-
 def get(name: str) -> Stage:
     """One stage. Raises ConfigError with the nearest names for an unknown one."""
     for stage in STAGES:
         if stage.name == name:
             return stage
-    raise ConfigError(f"no stage {name!r}; there are: {', '.join(names())}")
+    raise ConfigError(f"no stage {name!r}; there are: {', '.join(s.name for s in STAGES)}")
 
 
 def builder_of(name: str) -> str:

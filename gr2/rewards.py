@@ -12,26 +12,16 @@ import math
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 from gr2.answers import Parsed
+from gr2.config import RL
 from gr2.prompts import WORD
 
 Kind = Literal["gr2", "normalised", "auc", "ndcg"]
 _PIECE = re.compile(r"<[a-z]_\d+>|\w+|[^\w\s]")
 ELLIPSIS = 0.5
 _CITATION = re.compile(r"@(\w+)|([.,;:!?\n])|\b(" + WORD.pattern + r")\b")
-
-
-class Settings(Protocol):
-    """What of the configuration (`rl`) decides a reward."""
-
-    @property
-    def conditional(self) -> bool: ...
-    @property
-    def alpha(self) -> float: ...
-    @property
-    def invalid(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -52,7 +42,7 @@ def reward(
     grades: Sequence[float],
     parsed: Parsed,
     evidence: Collection[str],
-    settings: Settings,
+    settings: RL,
     budget: int = 48,
 ) -> Reward:
     """The reward of one answer, in [min(invalid, -1), 1 + alpha]; never raises, whatever the model wrote.

@@ -26,6 +26,7 @@ BAGS, ROUNDS = 4, 400
 TREES = {
     "num_leaves": 7, "min_data_in_leaf": 50, "learning_rate": 0.03, "lambda_l2": 10.0, "bagging_fraction": 0.6, "bagging_freq": 1,
     "feature_fraction": 0.5, "verbosity": -1, "deterministic": True, "force_row_wise": True, "num_threads": 1,
+    "feature_pre_filter": False,  # else few lists leave no feature, which is an error
 }  # fmt: skip
 
 

@@ -10,9 +10,8 @@ Shapes: R lists, N candidates of the longest list, F features.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -231,9 +230,4 @@ class EvidenceEngine:
 
 def raw_of(candidates: Sequence[Candidate]) -> Floats:
     """(N, C) raw columns of a view's candidates; NaN where unknown."""
-    return np.array([[_number(c.features, name) for name in columns_of()] for c in candidates], dtype=np.float64)
-
-
-def _number(features: Mapping[str, Any], name: str) -> float:
-    value = features.get(name)
-    return float("nan") if value is None else float(value)
+    return np.array([[c.features.get(name) for name in columns_of()] for c in candidates], dtype=np.float64)  # of None NaN

@@ -66,9 +66,6 @@ class OpenAIEngine:
         """Closes the connections."""
         self._client.close()
 
-    def __repr__(self) -> str:
-        return f"OpenAIEngine({self._settings.model!r})"
-
     def _wait(self, _: Any) -> None:
         """Lets requests go out evenly, `traces.requests_per_minute` of them."""
         if rate := self._settings.requests_per_minute:

@@ -181,7 +181,7 @@ class VLLMEngine:
         if not prompts:
             return []
         # On CPUs vLLM's helpers would be compiled at their first use, for seconds, to count what a line of torch counts as fast.
-        with nullcontext() if _on_gpu() else torch.compiler.set_stance("force_eager"):
+        with nullcontext() if torch.cuda.is_available() else torch.compiler.set_stance("force_eager"):
             return list(self._llm.generate([self._read(ids) for ids in prompts], params, use_tqdm=False))
 
     def _read(self, ids: list[int]) -> Any:
@@ -230,13 +230,9 @@ class VLLMEngine:
         return self._labels[key]
 
 
-def _on_gpu() -> bool:
-    return torch.cuda.is_available()
-
-
 def _machine(settings: Scoring) -> dict[str, Any]:
     """Settings of the engine that hold for this kind of machine. Raises ConfigError for those that it cannot follow."""
-    if _on_gpu():
+    if torch.cuda.is_available():
         return {"gpu_memory_utilization": settings.gpu_memory_utilization, "tensor_parallel_size": settings.tensor_parallel}
     if settings.tensor_parallel > 1:
         raise ConfigError("scoring.tensor_parallel is for GPUs and there is none here: leave it at 1, and set scoring.workers")

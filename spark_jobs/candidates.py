@@ -107,7 +107,7 @@ def requests(cfg: Config, interactions: DataFrame, items: DataFrame) -> DataFram
         "user_id",
         F.col("target.event_date").alias("as_of"),
         F.col("kept.item_id").alias("history_ids"),
-        F.transform("kept.event_date", lambda day: F.datediff(F.col("target.event_date"), day)).alias("history_days"),
+        F.transform("kept.event_date", lambda day: F.greatest(F.datediff(F.col("target.event_date"), day), F.lit(0))).alias("history_days"),
         F.col("target.item_id").alias("target_id"),
         slice_of(
             F.col("target.event_date"),
@@ -133,11 +133,11 @@ def sampled(rows: DataFrame, cfg: Config) -> DataFrame:
 
 
 def slice_of(target_day: Column, last_day: Column, known: Column, descends: Column | None = None) -> Column:
-    """same_day or later_day: time between the target and the item before. Where days are unknown: provably_later or unknown_day.
+    """same_day or later_day: time between the target and the item before. Where days are unknown, or fall: provably_later or unknown_day.
 
     `descends`: whether the target sorts below the item before, where the rows of one day are known to ascend.
     """
-    found = F.when(known, F.when(target_day == last_day, "same_day").otherwise("later_day"))
+    found = F.when(known & (target_day == last_day), "same_day").when(known & (target_day > last_day), "later_day")
     if descends is not None:
         found = found.when(descends, "provably_later")
     return found.otherwise("unknown_day")

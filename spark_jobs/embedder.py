@@ -143,7 +143,10 @@ def _fit_text(texts: list[str], dim: int, seed: int) -> tuple[list[str], list[st
     matrices, terms, idf = [], [], []
     for options, most in ((WORDS, MAX_WORDS), (CHARACTERS, MAX_CHARACTERS)):
         vectorizer = TfidfVectorizer(min_df=least, max_features=most, **options)
-        matrices.append(vectorizer.fit_transform(texts))
+        try:
+            matrices.append(vectorizer.fit_transform(texts))
+        except ValueError:  # no term stands in two texts: where items have no text these are their ids
+            matrices.append(vectorizer.set_params(min_df=1).fit_transform(texts))
         terms.append([str(t) for t in vectorizer.get_feature_names_out()])
         idf.append(vectorizer.idf_)
     components_FD = _components(sparse.hstack(matrices).tocsr(), dim, seed)

@@ -100,7 +100,7 @@ class Requests:
 
 
 def run(cfg: Config, ctx: Context) -> Result:
-    """Publishes metrics, then audits. Raises AuditError, after publishing both, if an audit failed."""
+    """Publishes metrics, then audits. Raises AuditError, after publishing both, if one says that figures are wrong."""
     requests = judged(ctx)
     scored = [r for r in current_scores(cfg, ctx) if r["request_id"] in requests.place]
     baselines = baseline_orders(ctx)
@@ -113,7 +113,7 @@ def run(cfg: Config, ctx: Context) -> Result:
     found = [*coverage, *_reconciled(ctx), *leakage.audit(ctx), *_answers(cfg, requests, scored)]
     audits = [{"run_id": ctx.run_id, "stage": "evaluation", **f} for f in found] + list(_left_by_stages(ctx))
     _replace_run(ctx, "audits", audits)
-    failed = [a for a in audits if not a["passed"]]
+    failed = [a for a in audits if not a["passed"] and a["audit"] != "position"]  # orders that waver are not released
     if failed:
         lines = [f"{a['audit']} {a['subject']}: {a['value']} not in [{a['low']}, {a['high']}] ({a['detail']})" for a in failed[:5]]
         raise AuditError(f"{len(failed)} of {len(audits)} audits failed (table audits): " + "; ".join(lines))
@@ -166,15 +166,11 @@ def check_baselines(cfg: Config, requests: Requests, baselines: Orders) -> Itera
 def all_orders(requests: Requests, baselines: Orders, scored: list[dict[str, Any]]) -> Orders:
     """The incoming order, those of the baselines, those of the models' first replica."""
     known = {name: {r: order for r, order in found.items() if r in requests.place} for name, found in baselines.items()}
-    return {("prerank", "order"): requests.incoming, **known, **_models(scored)}
-
-
-def _models(scored: list[dict[str, Any]]) -> Orders:
-    orders: dict[tuple[str, str], dict[str, Order]] = {}
+    told: dict[tuple[str, str], dict[str, Order]] = {}
     for row in scored:
         if row["replica"] == 0:
-            orders.setdefault((row["model"], row["mode"]), {})[row["request_id"]] = row["new_order"]
-    return orders
+            told.setdefault((row["model"], row["mode"]), {})[row["request_id"]] = row["new_order"]
+    return {("prerank", "order"): requests.incoming, **known, **told}
 
 
 def baseline_orders(ctx: Context) -> Orders:

@@ -70,10 +70,9 @@ def with_time(frame: DataFrame, files: Files) -> DataFrame:
     if files.time == "iso":
         time = F.when(F.col("time").rlike(ISO), F.col("time").try_cast("timestamp"))
     else:
-        number = F.col("time").cast("long")
-        time = F.when(
-            F.col("time").rlike(EPOCH), F.when(F.length("time") < 12, F.timestamp_seconds(number)).otherwise(F.timestamp_millis(number))
-        )
+        text = F.regexp_replace("time", r"\.0+$", "")  # so whole numbers are written of a column that has gaps
+        number = text.try_cast("long")
+        time = F.when(text.rlike(EPOCH), F.when(F.length(text) < 12, F.timestamp_seconds(number)).otherwise(F.timestamp_millis(number)))
     return frame.withColumns({"event_time": time, "needs_time": F.lit(files.order == "time")})
 
 

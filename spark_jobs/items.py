@@ -20,7 +20,7 @@ from spark_jobs.session import read
 
 FIELDS = ("item_id", "title", "brand", "categories", "price", "text_id", "since", "asin", "attribute_ids")
 TITLE = 300  # characters kept
-PRICE = r"^\s*\$?\s*([0-9][0-9,]*(?:\.[0-9]+)?)\s*$"  # of a text that may be no price at all
+PRICE = r"^\s*\$?\s*([0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?)\s*$"  # of a text that may be no price at all
 GLUE = "\u0001"  # joins categories while their entities are resolved
 
 
@@ -56,11 +56,11 @@ def run(cfg: Config, ctx: Context) -> Result:
 
 def judge(frame: DataFrame, names: tuple[str, ...], loose_price: bool) -> DataFrame:
     """Types the fields, and names in `reason` the first rule that refuses the row. `names`: the files' own."""
-    text = F.col("price")
+    text, listed = (F.nullif(F.trim(name), F.lit("")) for name in ("price", "categories"))  # blank: unknown
     if loose_price:
         found = F.regexp_replace(F.regexp_extract(text, PRICE, 1), ",", "")
         text = F.when(found != "", found)
-    price, listed = text.try_cast("double"), F.col("categories")
+    price = text.try_cast("double")
     nested = F.flatten(F.from_json(listed, "array<array<string>>"))
     categories = F.when(listed.rlike(r"^\s*\[\s*\["), F.array_distinct(nested)).otherwise(F.from_json(listed, "array<string>"))
     infinite = F.abs(price) == float("inf")
@@ -70,7 +70,7 @@ def judge(frame: DataFrame, names: tuple[str, ...], loose_price: bool) -> DataFr
         "bad_item": ~F.col("item_id").rlike(readers.IDENTIFIER),
         "bad_title": _container("title"),
         "bad_brand": _container("brand"),
-        "bad_categories": F.col("categories").isNotNull() & categories.isNull(),
+        "bad_categories": listed.isNotNull() & categories.isNull(),
         "bad_price": text.isNotNull() & F.coalesce((price < 0) | F.isnan(price) | infinite, F.lit(True)),
     }
     return readers.with_reason(frame.withColumns({"price_value": price, "category_list": categories}), rules, names).drop("fields")
@@ -83,7 +83,9 @@ def _container(name: str) -> Column:
 
 def resolved(text: Column) -> Column:
     """HTML entities resolved by the library that Spark ships, white space made single, empty as null. Native: no Python worker."""
-    method = F.reflect(F.lit("org.apache.commons.text.StringEscapeUtils"), F.lit("unescapeHtml4"), F.coalesce(text, F.lit("")))
+    given = F.coalesce(text, F.lit(""))
+    method = F.try_reflect(F.lit("org.apache.commons.text.StringEscapeUtils"), F.lit("unescapeHtml4"), given)
+    method = F.coalesce(method, given)  # it throws at numbers that are no character
     plain = F.trim(F.regexp_replace(F.regexp_replace(method, "&apos;", "'"), r"[\s\u00a0]+", " "))
     return F.when(F.length(plain) > 0, plain)
 

@@ -76,23 +76,14 @@ def lines(ctx: Context, paths: list[Path], depth: int) -> DataFrame:
     )
 
 
-def day_of_file(source_file: str = "source_file") -> Column:
-    """The day of a path `day=YYYY-MM-DD/...`."""
-    return F.regexp_extract(source_file, r"day=(\d{4}-\d{2}-\d{2})", 1).cast("date")
-
-
-def first_reason(rules: dict[str, Column]) -> Column:
-    """The name of the first rule that refuses the row, or null. A rule is true where it refuses; unknown is not a refusal."""
-    return F.coalesce(*(F.when(F.coalesce(refuses, F.lit(False)), F.lit(name)) for name, refuses in rules.items()))
-
-
 def with_reason(frame: DataFrame, rules: dict[str, Column], names: Sequence[str]) -> DataFrame:
     """Adds `reason`, and for refused rows what is kept of them: `record_hash`, and `kept`, the fields that a contract declares.
 
     `names`: how the files call those fields. Of a line that could not be parsed, the pairs `"name": value` that can be told are kept: what
     else stands in it may be personal.
     """
-    judged = frame.withColumn("reason", first_reason(rules))
+    first = (F.when(F.coalesce(refuses, F.lit(False)), F.lit(name)) for name, refuses in rules.items())  # unknown is not a refusal
+    judged = frame.withColumn("reason", F.coalesce(*first))
     refused, known = F.col("reason").isNotNull(), "|".join(re.escape(name) for name in names)
     fields = F.to_json(F.map_filter("fields", lambda name, value: value.isNotNull() & name.isin(*names)))
     pairs = F.regexp_extract_all("record", F.lit(rf"""["'](?:{known})["']\s*:\s*(?:"[^"]*"?|'[^']*'?|[^,"'}}\]]*)"""), F.lit(0))

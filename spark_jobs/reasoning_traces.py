@@ -15,6 +15,7 @@ once. A request whose list lacks the target keeps one sample.
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -66,7 +67,7 @@ def run(cfg: Config, ctx: Context) -> Result:
     sizes = dict(zip(listed["request_id"].to_pylist(), map(len, listed["candidate_ids"].to_pylist()), strict=True))
     found = findings(drawn.to_pylist(), sizes, cfg.traces.accept_rank)
     (ctx.work("audits") / "reasoning_traces.json").write_text(json.dumps(found, indent=1))
-    verdicts = _counts(drawn["verdict"].to_pylist())
+    verdicts = dict(sorted(Counter(drawn["verdict"].to_pylist()).items()))
     if set(verdicts) == {"failed"}:
         raise EngineError(f"{spec.name} failed on every request, such as: {drawn['reason'][0]}")
     ctx.log(f"reasoning_traces by {spec.name}: {drawn.num_rows} samples of {len(ids)} requests: {verdicts}")
@@ -265,7 +266,3 @@ def most_relevant(items: list[str], grades: list[int]) -> str | None:
 def hash_of(messages: Any, template: Template) -> str:
     """Hash of a prompt as messages: the same whatever chat template a teacher's vocabulary brings."""
     return prompt_hash(template, "\n".join(str(m["content"]) for m in messages))
-
-
-def _counts(values: list[str]) -> dict[str, int]:
-    return {v: values.count(v) for v in sorted(set(values))}

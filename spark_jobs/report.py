@@ -73,16 +73,13 @@ class Facts:
         found = []
         for slice_ in SLICES:
             for population in ("overall", "conditional"):
-                rows = self._metric_rows(slice_, population)
+                rows = self.rows(
+                    "SELECT * FROM metrics WHERE run_id = ? AND slice = ? AND population = ? AND mode <> 'full' ORDER BY model, mode",
+                    self.ctx.run_id, slice_, population,
+                )  # fmt: skip
                 if rows:
                     found.append({"slice": slice_, "population": population, "n": rows[0]["n"], "rows": self._pivot(rows)})
         return found
-
-    def _metric_rows(self, slice_: str, population: str) -> list[dict[str, Any]]:
-        return self.rows(
-            "SELECT * FROM metrics WHERE run_id = ? AND slice = ? AND population = ? AND mode <> 'full' ORDER BY model, mode",
-            self.ctx.run_id, slice_, population,
-        )  # fmt: skip
 
     def _pivot(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         keys = list(dict.fromkeys((r["model"], r["mode"]) for r in rows))
@@ -143,10 +140,8 @@ class Facts:
         return rows
 
     def _table(self, name: str) -> dict[str, Any]:
-        lake = self.ctx.lake
-        if not lake.exists(name):
-            return {"name": name, "rows": 0, "grain": schemas.get(name).grain}
-        return {"name": name, "rows": lake.dataset(name).count_rows(), "grain": schemas.get(name).grain}
+        rows = self.ctx.lake.dataset(name).count_rows() if self.ctx.lake.exists(name) else 0
+        return {"name": name, "rows": rows, "grain": schemas.get(name).grain}
 
     def refused(self) -> list[dict[str, Any]]:
         """Quarantined rows by reason."""

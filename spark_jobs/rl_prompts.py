@@ -65,16 +65,13 @@ def drawn(cfg: Config, requests: Requests) -> Iterator[tuple[dict[str, Any], Vie
         training = row["split"] == "rerank"
         for replica in range(cfg.rl.replicas if training else 1):
             moved = (
-                training and row["target_id"] in grade_of and share_of("move", cfg.seed, row["request_id"], replica) < cfg.rl.redraw_share
+                training
+                and row["target_id"] in grade_of
+                and seed_of("move", cfg.seed, row["request_id"], replica) / 2**31 < cfg.rl.redraw_share
             )
             listed = redrawn(candidates, row["target_id"], row["request_id"], replica) if moved else candidates
             told = {**row, "replica": replica, "grade_of": grade_of, "weight_of": weight_of}
             yield told, make_view(row["request_id"], history, listed, replica, cfg.prompt.shuffled), moved
-
-
-def share_of(*parts: Any) -> float:
-    """A number in [0, 1), equal for equal parts."""
-    return seed_of(*parts) / 2**31
 
 
 def _row(cfg: Config, row: dict[str, Any], view: View, moved: bool, text: str, template: Any) -> dict[str, Any]:

@@ -56,8 +56,9 @@ def _build(cfg: Config, ctx: Context) -> Result:
     table = pa.concat_tables([old, new])
     found = health(table, books.codes, pair_rows(ctx, table["item_id"].to_pylist()))
     if new.num_rows and old.num_rows:
-        found["drift: residual of new items over fitted"] = _mean(new["residual"]) / max(config["mean_residual"], 1e-9)
-    audits = sid_health.audits(found, cfg.tokenizer.min_uniqueness)
+        found["drift: residual of new items over fitted"] = float(np.mean(new["residual"].to_numpy())) / max(config["mean_residual"], 1e-9)
+    unlike = len(np.unique(vectors_NV.round(6), axis=0)) / max(1, len(ids))  # no tokenizer tells equal vectors apart
+    audits = sid_health.audits(found, cfg.tokenizer.min_uniqueness * unlike)
     folder = ctx.work("audits", ctx.runs.name) if ctx.date else ctx.work("audits")  # what a build's `evaluation` takes up is its own
     (folder / "semantic_ids.json").write_text(json.dumps(audits, indent=1))
     sid_health.gate(audits, books.builder)
@@ -114,7 +115,3 @@ def _published(ctx: Context, version: str) -> pa.Table:
     if not ctx.lake.exists("semantic_ids"):
         return TABLE.arrow().empty_table()
     return ctx.lake.read("semantic_ids", TABLE.names(), order_by=["item_id"], tokenizer=version).cast(TABLE.arrow())
-
-
-def _mean(column: pa.ChunkedArray) -> float:
-    return float(np.mean(column.to_numpy()))

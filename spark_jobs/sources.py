@@ -11,7 +11,7 @@ import ast
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 
 import pyarrow as pa
@@ -47,10 +47,16 @@ SOURCES: dict[str, dict[str, tuple[Files, ...]]] = {
     "jsonl": {"events": (Files(files=("day=*/events.jsonl.gz",)),), "items": (Files(files=("day=*/items.jsonl.gz",)),)},
     "amazon2014": {
         "events": (
-            Files(files=("interactions.csv.gz",), format="csv", columns=STAMP, constants=REVIEWED, time="epoch", order="position"),
-            Files(files=("sequences.txt.gz", "sequences*.jsonl.gz"), format="sequences", constants=REVIEWED, order="position"),
+            Files(
+                files=("interactions.csv.gz", "interactions.csv"), format="csv", columns=STAMP, constants=REVIEWED, time="epoch",
+                order="position",
+            ),
+            Files(
+                files=("sequences.txt.gz", "sequences.txt", "sequences*.jsonl.gz"), format="sequences", constants=REVIEWED,
+                order="position",
+            ),
         ),
-        "items": (Files(files=("items.jsonl.gz",)),),
+        "items": (Files(files=("items.jsonl.gz", "items.jsonl"), loose_price=True),),
     },
     "amazon_reviews": {"events": (REVIEW,), "items": (PRODUCT,)},
     "open_bandit": {  # one campaign: the campaigns number their items alike; of a folder with several, name the files in data.events
@@ -101,8 +107,8 @@ def open_source(ctx: Context, what: str, known: tuple[str, ...], days: bool = Fa
         _require(files, paths)
     fields = declared_names(files, known)
     frame = _named(_rows(ctx, files, paths), files, known, fields)
-    dated_frame = frame.withColumn("ingest_date", readers.day_of_file() if dated else F.lit(ctx.day))
-    return Raw(dated_frame, [str(p.relative_to(root)) for p in paths], fields, files, dated)
+    day = F.regexp_extract("source_file", r"day=(\d{4}-\d{2}-\d{2})", 1).cast("date") if dated else F.lit(ctx.day)
+    return Raw(frame.withColumn("ingest_date", day), [str(p.relative_to(root)) for p in paths], fields, files, dated)
 
 
 def declared(data: Data, what: str) -> tuple[Files, ...]:
@@ -182,10 +188,7 @@ def _rows(ctx: Context, files: Files, paths: list[Path]) -> DataFrame:
         literal = [p for p in paths if _opening(p).startswith("{'")]
         texts = [(literal, _literals), ([p for p in paths if p not in literal], None)]
         parts = [_json(readers.lines(ctx, same, depth), rewritten) for same, rewritten in texts if same]
-    joined = parts[0]
-    for part in parts[1:]:
-        joined = joined.unionByName(part)
-    return joined
+    return reduce(DataFrame.unionByName, parts)
 
 
 def _opening(path: Path) -> str:
@@ -236,9 +239,7 @@ def _columnar(ctx: Context, kind: str, paths: list[Path], depth: int) -> DataFra
         frames = [
             ctx.spark.read.format("delta").load(str(p)).withColumn("source_file", F.lit(str(p.relative_to(ctx.raw_path())))) for p in paths
         ]
-        frame = frames[0]
-        for other in frames[1:]:
-            frame = frame.unionByName(other, allowMissingColumns=True)
+        frame = reduce(partial(DataFrame.unionByName, allowMissingColumns=True), frames)
     else:
         frame = ctx.spark.read.option("mergeSchema", "true").parquet(*map(str, paths))
         frame = frame.withColumn("source_file", F.substring_index("_metadata.file_path", "/", -depth))

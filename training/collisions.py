@@ -13,13 +13,12 @@ Shapes: N items, L levels, K codes a level, D width of the quantised space, S fr
 from collections.abc import Iterator
 
 import numpy as np
-from numpy.typing import NDArray
 
 from gr2.config import Tokenizer
 from gr2.errors import ModelError
 from training.codebooks import Floats, Ints, distances
 
-MAX_SUFFIXES = 1 << 20  # of the last levels that are looked through at once: bounds memory
+MAX_SUFFIXES, BLOCK = 1 << 20, 64  # of the last levels, and points, that are looked through at once: they bound memory
 
 
 def separate(learned_NL: Ints, z_ND: Floats, books_LKD: Floats, settings: Tokenizer, seed: int, taken_ML: Ints | None = None) -> Ints:
@@ -89,7 +88,7 @@ def _place(
             chosen = rng.choice(free_S, size=len(members), replace=False)
         else:
             rest_ND = z_ND[members] - books_LKD[np.arange(keep), codes_NL[members, :keep]].sum(axis=1)
-            chosen = free_S[_nearest_distinct(distances(rest_ND, sums_SD[free_S]))]
+            chosen = free_S[_nearest_distinct(rest_ND, sums_SD[free_S])]
         codes_NL[members, keep:] = np.stack(np.unravel_index(chosen, (codes,) * levels), axis=1)
     return np.sort(np.concatenate(left)) if left else movers[:0]
 
@@ -114,10 +113,12 @@ def _by_prefix(prefix_NK: Ints, used_ML: Ints, keep: int, codes: int) -> Iterato
         yield rows, suffix_M[used]
 
 
-def _nearest_distinct(costs_NS: NDArray[np.floating]) -> Ints:
-    """(N,) a column for each row, each column at most once: rows pick in order, each the cheapest column that is left."""
-    costs_NS, chosen = costs_NS.copy(), np.empty(len(costs_NS), dtype=np.int64)
-    for row in range(len(costs_NS)):
-        chosen[row] = costs_NS[row].argmin()
-        costs_NS[:, chosen[row]] = np.inf
+def _nearest_distinct(points_ND: Floats, sums_SD: Floats) -> Ints:
+    """(N,) a suffix for each point, each suffix at most once: points pick in order, each the nearest that is left."""
+    chosen, taken_S = np.empty(len(points_ND), dtype=np.int64), np.zeros(len(sums_SD), dtype=bool)
+    for start in range(0, len(points_ND), BLOCK):
+        costs_NS = distances(points_ND[start : start + BLOCK], sums_SD)
+        for row, costs_S in enumerate(costs_NS, start):
+            chosen[row] = np.where(taken_S, np.inf, costs_S).argmin()
+            taken_S[chosen[row]] = True
     return chosen

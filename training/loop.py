@@ -52,8 +52,8 @@ class Summary:
 
 
 def planned_steps(loader: Loader, settings: Training) -> int:
-    """Optimizer steps: max_steps, or as many as the epochs give."""
-    return settings.max_steps or loader.steps(settings.epochs, settings.accumulation)
+    """Optimizer steps: max_steps, or as many as the epochs give, at least min_steps."""
+    return settings.max_steps or max(settings.min_steps, loader.steps(settings.epochs, settings.accumulation))
 
 
 def learning_rate(settings: Training, step: int, total: int) -> float:

@@ -11,7 +11,7 @@ the fit knows, so this is for catalogues up to some hundred thousand items.
 
     gr2 stage sasrec --profile demo
 
-Shapes: U users, T places, X places where an item follows, M items and the pad.
+Shapes: U users, T places, X places where an item follows, D width, M items and the pad.
 """
 
 from collections.abc import Sequence
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint as computed_anew
 
 from gr2.config import Config
 from gr2.context import Context, Result
@@ -28,7 +29,7 @@ from schemas.interactions import FITS
 from scoring.sasrec import SASRec, padded, save
 from training.data import Batch, Rows, batches
 from training.fitting import fit
-from training.loop import rank, world
+from training.loop import CHUNK, rank, world
 
 STAGE = "sasrec"
 FIT = {"sasrec": "train", "sasrec-refit": "refit"}
@@ -80,5 +81,12 @@ def rows_of(sequences: Sequence[Sequence[int]], places: int) -> Rows:
 def next_item_loss(model: SASRec, batch: Batch) -> tuple[Tensor, dict[str, float | Tensor]]:
     """This micro-batch's share of the mean cross-entropy of each item given those before it, over all items."""
     learned_UT = batch.learned_BT[:, 1:]
-    logits_XM = model.logits(model(batch.input_ids_BT[:, :-1])[learned_UT])
-    return cross_entropy(logits_XM, batch.input_ids_BT[:, 1:][learned_UT], reduction="sum") / batch.norm, {}
+    states_XD, targets_X = model(batch.input_ids_BT[:, :-1])[learned_UT], batch.input_ids_BT[:, 1:][learned_UT]
+
+    def loss(states_XD: Tensor, targets_X: Tensor) -> Tensor:
+        return cross_entropy(model.logits(states_XD), targets_X, reduction="sum")
+
+    if len(states_XD) <= CHUNK:
+        return loss(states_XD, targets_X) / batch.norm, {}
+    parts = zip(states_XD.split(CHUNK), targets_X.split(CHUNK), strict=True)  # logits of one part alone stand at once
+    return torch.stack([computed_anew(loss, *part, use_reentrant=False) for part in parts]).sum() / batch.norm, {}

@@ -1,9 +1,17 @@
 """One finding of an audit: the form in which every check tells what it saw. Findings become rows of `audits`."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 Finding = dict[str, Any]
+
+
+def mean(values: Sequence[float]) -> float | None:
+    """Their mean; nothing of nothing."""
+    return float(np.mean(values)) if values else None
 
 
 def finding(

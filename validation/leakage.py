@@ -92,7 +92,7 @@ CHECKS: dict[str, tuple[tuple[str, ...], str, str]] = {
         SELECT (SELECT count(*) FROM target WHERE ordinal IS NULL) + (
             SELECT count(*) FROM shown s
                 ANTI JOIN interactions i ON i.user_id = s.user_id AND i.item_id = s.item_id AND i.ordinal < s.ordinal
-        ) + (SELECT count(*) FROM candidates WHERE list_min(history_days) < 0)
+        )
         """,
         "a history item does not lie before the target",
     ),

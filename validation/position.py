@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from gr2.metrics import kendall_tau
-from validation.findings import Finding, finding
+from validation.findings import Finding, finding, mean
 
 Row = Mapping[str, Any]  # a row of rerank_scores
 
@@ -36,8 +36,8 @@ def _agreement(name: str, answered: list[Row], min_tau: float) -> list[Finding]:
         replicas[row["request_id"]].append(row)
     pairs = [pair for members in replicas.values() for pair in combinations(members, 2)]
     bound = min_tau if min_tau > -1 else None
-    tau = float(np.mean([kendall_tau(a["new_order"], b["new_order"]) for a, b in pairs])) if pairs else None
-    first = float(np.mean([a["new_order"][0] == b["new_order"][0] for a, b in pairs])) if pairs else None
+    tau = mean([kendall_tau(a["new_order"], b["new_order"]) for a, b in pairs])
+    first = mean([a["new_order"][0] == b["new_order"][0] for a, b in pairs])
     detail = f"{len(pairs)} pairs of replicas of {sum(len(m) > 1 for m in replicas.values())} requests"
     return [
         finding("position", f"{name}/tau", tau, low=bound, detail=f"Kendall's tau between replicas; {detail}"),
@@ -52,11 +52,9 @@ def _copies(name: str, answered: list[Row], incoming: Mapping[str, Sequence[str]
     came = [list(r["new_order"]) == list(incoming[r["request_id"]]) for r in figures]
     high = most if most < 1 else None
     return [
+        finding("position", f"{name}/copies_shown", mean(shown), high=high, detail=f"answers that repeat the order shown, of {len(shown)}"),
         finding(
-            "position", f"{name}/copies_shown", _mean(shown), high=high, detail=f"answers that repeat the order shown, of {len(shown)}"
-        ),
-        finding(
-            "position", f"{name}/copies_incoming", _mean(came), high=high, detail=f"answers that repeat the incoming order, of {len(came)}"
+            "position", f"{name}/copies_incoming", mean(came), high=high, detail=f"answers that repeat the incoming order, of {len(came)}"
         ),
     ]
 
@@ -86,7 +84,3 @@ def _uniform_p(counts: np.ndarray) -> float:
     from scipy.stats import chisquare
 
     return float(chisquare(counts).pvalue) if counts.sum() and len(counts) > 1 else 1.0
-
-
-def _mean(flags: Sequence[bool]) -> float | None:
-    return float(np.mean(flags)) if flags else None

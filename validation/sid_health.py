@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gr2.errors import AuditError
+from validation.findings import finding
 
 Ints = NDArray[np.integer]
 
@@ -66,10 +67,9 @@ def audits(found: dict[str, float], min_uniqueness: float) -> list[dict[str, Any
     low = {"learned distinct/items": min_uniqueness, "published distinct/items": 1.0, "published share alone": 1.0}
     rows = []
     for subject, value in found.items():
-        passed = value >= low.get(subject, -np.inf)
-        detail = "gate: tokenizer.min_uniqueness" if subject.startswith("learned distinct") else _MEANING.get(subject.split()[-1], "")
-        row = {"audit": "sid_health", "subject": subject, "value": value, "low": low.get(subject), "high": None, "passed": passed}
-        rows.append({**row, "detail": detail})
+        gated = subject.startswith("learned distinct")
+        detail = "gate: tokenizer.min_uniqueness, of vectors that differ" if gated else _MEANING.get(subject.split()[-1], "")
+        rows.append(finding("sid_health", subject, value, low=low.get(subject), detail=detail))
     return rows
 
 

@@ -6,13 +6,15 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 
 from gr2 import pipeline
 from gr2.context import Context
 from gr2.errors import InputError
-from scoring.sasrec import load
+from scoring.sasrec import SASRec, load
 from tests.tables import put
 from training import sasrec
+from training.data import to_batch
 
 pytestmark = pytest.mark.e2e
 ITEMS = 24
@@ -46,6 +48,22 @@ def world(ctx: Context, length: int = 8) -> list[int]:
 
 def split_of(place: int, length: int) -> str:
     return {length - 3: "rerank", length - 2: "valid", length - 1: "test"}.get(place, "pretrain")
+
+
+def test_parts_of_the_loss_change_neither_it_nor_gradients(make_ctx: Callable[..., Context], monkeypatch: pytest.MonkeyPatch) -> None:
+    ctx = make_ctx(SMALL)
+    world(ctx)
+    items, sequences = sasrec.read_sequences(ctx, "train")
+    batch = to_batch(sasrec.rows_of(sequences, 12), slice(None))
+    told = []
+    for most in (10_000, 7):
+        monkeypatch.setattr(sasrec, "CHUNK", most)
+        torch.manual_seed(1)
+        model = SASRec(items, ctx.cfg.sasrec)
+        loss, _ = sasrec.next_item_loss(model, batch)
+        loss.backward()
+        told.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    torch.testing.assert_close(told[0], told[1])
 
 
 def test_each_fit_learns_what_follows_in_its_splits(make_ctx: Callable[..., Context]) -> None:

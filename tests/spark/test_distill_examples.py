@@ -101,8 +101,6 @@ def test_the_stage_asks_its_source_and_a_rerun_changes_nothing(make_ctx):
 def test_the_program_tells_its_own_probabilities_and_needs_no_model_of_its_own(make_ctx, monkeypatch):
     monkeypatch.setattr("scoring.boosted.BAGS", 1)
     ctx = make_ctx([*SETTINGS, "distill.source=evidence", "distill.start=sft", "distill.max_requests=0"])
-    with pytest.raises(MissingInputError, match="gr2 stage candidates"):
-        distill_examples.run(ctx.cfg, ctx)
     prompt_world.build(ctx, "sft")
     result = distill_examples.run(ctx.cfg, ctx)
     rows = ctx.lake.read("distill_examples", order_by=["example_id"]).to_pylist()

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from rerank_world import learnable
 
-from gr2 import artifacts
-from gr2.config import Config
+from gr2 import artifacts, cli
+from gr2.config import Config, load
 from gr2.context import Context
 from gr2.errors import AuditError, MissingInputError
 from gr2.pipeline import write_record
@@ -72,7 +72,8 @@ def test_figures_intervals_audits_and_rerun(small):
         evaluation.run(cfg, ctx)
     baselines.run(cfg, ctx)
     scores(ctx, requests)
-    write_record(ctx, "events", {"rows_in": 10, "rows_out": 7, "quarantined": 1, "duplicates": 2})
+    cost = {"seconds": 1.0, "peak_mib": 1.0, "tokens": 0}
+    write_record(ctx, "events", {"rows_in": 10, "rows_out": 7, "quarantined": 1, "duplicates": 2, **cost})
     found = [{"audit": "sid_health", "subject": "uniqueness", "value": 0.95, "low": 0.9, "high": None, "passed": True, "detail": "d"}]
     (ctx.work("audits") / "semantic_ids.json").write_text(json.dumps(found))
     evaluation.run(cfg, ctx)
@@ -119,7 +120,20 @@ def test_figures_intervals_audits_and_rerun(small):
     assert set(ctx.lake.read("metrics")["run_id"].to_pylist()) == {strict.run_id}, "one set of figures a profile and day"
     assert not all(ctx.lake.read("audits")["passed"].to_pylist()), "the evidence of the failure is published"
     check_results_table(strict, cells)
+    check_wavering(cfg)
     check_stale_baselines(strict)
+
+
+def check_wavering(cfg: Config) -> None:
+    """Orders that depend on places are not released, but told, in the report too: the figures are right."""
+    small = ("candidates.n=10", "evaluation.bootstrap=200", "data.protocol=leave_one_out")
+    settings = [f"paths.root={cfg.paths.root}", *small, "evaluation.min_tau=0.5"]
+    ctx = Context(load("demo", settings))
+    evaluation.run(ctx.cfg, ctx)
+    with pytest.raises(AuditError, match=r"not promoted: .*position"):
+        cli.run("demo", None, "release", "report", False, settings)
+    assert "sft" in (ctx.root / "reports" / "index.html").read_text()
+    assert not ctx.lake.exists("releases")
 
 
 def check_stale_baselines(ctx: Context) -> None:

@@ -230,16 +230,18 @@ def test_reviews_keep_their_order_and_unknown_days_are_filled_from_their_neighbo
         "2,4,1,,3", "2,5,2,,3",
         f"3,4,1,{seconds('2012-03-01')},3", f"3,4,1,{seconds('2012-03-01')},3",
         "4,5,one,,1", "5,6", ",7,1,,1", f"6,7,1,{seconds('2150-01-01')},1", "7,8,1,soon,1",
+        f"8,4,1,{seconds('2012-03-01')}.0,3",
     ]  # fmt: skip
     write(folder / "interactions.csv.gz", rows)
     result = events.run(ctx.cfg, ctx)
-    assert (result.rows_in, result.rows_out, result.duplicates, result.quarantined) == (13, 7, 1, 5)
+    assert (result.rows_in, result.rows_out, result.duplicates, result.quarantined) == (14, 8, 1, 5)
     assert result.detail["reasons"] == {"bad_line": 1, "bad_position": 1, "bad_time": 1, "future_date": 1, "missing_user": 1}
     assert result.detail["unknown_columns"].keys() == {"stars"}
     found = ctx.lake.read("events", order_by=["user_id", "source_order"]).to_pylist()
     assert [(r["user_id"], r["item_id"], str(r["event_date"]), r["day_known"]) for r in found] == [
         ("1", "158978068X", "2012-03-01", False), ("1", "0439893577", "2012-03-01", True), ("1", "3", "2012-03-01", False),
         ("1", "4", "2013-01-01", True), ("2", "4", "1970-01-01", False), ("2", "5", "1970-01-01", False), ("3", "4", "2012-03-01", True),
+        ("8", "4", "2012-03-01", True),
     ]  # fmt: skip
     assert {r["period"] for r in found} == {"2012", "2013", "1970"}
     assert {r["kind"] for r in found} == {"review"}
@@ -274,7 +276,7 @@ def test_without_the_csv_file_the_sequences_are_read(amazon):
 
 def test_a_folder_without_the_files_or_a_file_without_the_columns_is_refused(amazon):
     ctx, folder = amazon
-    with pytest.raises(InputError, match=r"has no interactions\.csv\.gz or sequences\.txt\.gz or sequences"):
+    with pytest.raises(InputError, match=r"has no interactions\.csv\.gz or .*sequences\.txt\.gz or .*sequences"):
         events.run(ctx.cfg, ctx)
     write(folder / "interactions.csv.gz", ["user,item", "1,2"])
     with pytest.raises(InputError, match="lacks the columns"):

@@ -73,6 +73,14 @@ def test_projection_survives_its_files(tmp_path: Path) -> None:
     assert loaded.text(["totally unseen 中文"]).shape == (1, 3)
 
 
+def test_a_large_catalogue_of_nothing_but_ids_has_vectors() -> None:
+    from gr2.config import Embeddings
+
+    ids = [f"{97 * n:07}" for n in range(1000)]
+    made = embedder.fit(Embeddings(text_dim=3, collaborative_dim=0), 1, ids, ids, [], [], np.zeros(0))
+    assert np.isfinite(made.text(ids)).all()
+
+
 def test_association_by_hand() -> None:
     found = embedder.association(["a", "b", "c"], ["a", "b", "c"], ["a", "a"], ["b", "c"], np.array([3.0, 1.0])).toarray()
     contexts = np.array([4.0, 3.0, 1.0]) ** embedder.CONTEXT_POWER

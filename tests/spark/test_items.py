@@ -23,7 +23,8 @@ GOOD = [
         "price": 4.5,
     },
     {"item_id": 2, "title": "x" * 400, "brand": None, "categories": None, "price": None, "asin": "B0", "colour": "red"},
-    {"item_id": "0439893577", "title": None, "brand": " ", "categories": []},
+    {"item_id": "0439893577", "title": None, "brand": " ", "categories": [], "price": ""},
+    {"item_id": "n", "title": "No such &#1114112; &amp; sign", "categories": " "},
     {"item_id": "k", "title": None, "brand": None, "categories": None, "text_id": "pocoyo and friends swiggle"},
     {"item_id": "b", "title": "[Old version] It&apos;s &quot;fine&quot;", "brand": "B", "categories": ["Only &lt;one&gt;"]},
 ]
@@ -47,7 +48,7 @@ def test_text_is_resolved_bad_rows_are_refused_and_bare_items_get_a_row(make_ctx
     result = items.run(ctx.cfg, ctx)
     refused = sum(map(len, BAD.values()))
     bare = 1
-    assert (result.rows_in, result.quarantined, result.duplicates, result.rows_out) == (len(GOOD) + 2 + refused + bare, refused, 2, 6)
+    assert (result.rows_in, result.quarantined, result.duplicates, result.rows_out) == (len(GOOD) + 2 + refused + bare, refused, 2, 7)
     assert result.detail["reasons"] == {k: len(v) for k, v in sorted(BAD.items())}
     assert result.detail["without_metadata"] == bare
     write_record(ctx, "items", asdict(result))
@@ -62,6 +63,7 @@ def test_text_is_resolved_bad_rows_are_refused_and_bare_items_get_a_row(make_ctx
     assert (found["k"]["text"], found["k"]["title"], found["k"]["has_text"]) == ("pocoyo and friends swiggle", None, True)
     assert found["b"]["text"] == '[Old version] It\'s "fine" | B | Only <one>'
     assert found["b"]["categories"] == ["Only <one>"]
+    assert found["n"]["text"] == "No such &#1114112; &amp; sign", "what names no character is kept as it stands"
     assert (found["only-seen"]["text"], found["only-seen"]["has_text"]) == ("only-seen", False)
     targets = {(r["target"], r["reason"]) for r in ctx.lake.read("quarantine").to_pylist()}
     assert targets == {("items", reason) for reason in BAD}

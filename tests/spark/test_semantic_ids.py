@@ -89,6 +89,18 @@ def test_bijection_rerun_and_inserts(make_ctx: Callable[..., Context]) -> None:
     assert hashes[0] == hashes[1] != made.id
 
 
+def test_items_that_nothing_tells_apart_are_no_fault_of_the_codes(make_ctx: Callable[..., Context]) -> None:
+    ctx = make_ctx([*SMALL, "tokenizer.builder=rqkmeans", "tokenizer.min_uniqueness=0.9", "embeddings.collaborative_dim=0"])
+    put_items(ctx, 20)
+    rows = ctx.lake.read("items").to_pylist()
+    put(ctx, "items", [row | ({"text": "gift card"} if place % 2 else {}) for place, row in enumerate(rows)])
+    for stage in (item_embeddings, tokenizer, semantic_ids):
+        stage.run(ctx.cfg, ctx)
+    check = audits(ctx)["learned distinct/items"]
+    assert check["low"] == pytest.approx(0.9 * 11 / 20)
+    assert len({r["token_text"] for r in codes(ctx).values()}) == 20
+
+
 def test_codes_come_from_vectors_of_the_projection_that_the_tokenizer_knows(make_ctx: Callable[..., Context]) -> None:
     """Another build's vectors are refused by name, as wide as they are; the build itself reads its own, and a night makes them anew."""
     settings = [*SMALL, "tokenizer.builder=rqkmeans", "tokenizer.min_uniqueness=0"]

@@ -54,6 +54,11 @@ def test_a_users_own_lists_teach_nothing_that_judges_them() -> None:
     np.testing.assert_array_equal(fitted(world, rounds=10).judged(*world[:2], world[3]), one.judged(*world[:2], world[3]))
 
 
+def test_half_a_dozen_lists_are_enough_to_go_on_with() -> None:
+    world = crossed(6, seed=3)
+    assert np.isfinite(fitted(world).judged(*world[:2], world[3])).all()
+
+
 def test_lists_of_any_length_are_judged_together_as_alone() -> None:
     world = crossed(120, seed=4)
     judge = fitted(world, rounds=10)

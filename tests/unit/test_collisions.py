@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from gr2.config import Tokenizer
 from gr2.errors import AuditError, ModelError
+from training import collisions
 from training.codebooks import quantise
 from training.collisions import separate, suffix_sums
 from validation import sid_health
@@ -67,6 +68,13 @@ def test_nearest_free_takes_the_least_added_error() -> None:
     assert order[0] == learned[mover, 1]
     assert codes[mover].tolist() == [learned[mover, 0], order[1]]
     assert np.array_equal(codes[1 - mover], learned[1 - mover])
+
+
+def test_many_look_alikes_are_looked_through_a_block_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    books, z, learned = world(60, 3, 4, 1, 0.05)
+    codes = separate(learned, z, books, config("nearest_free"), 0)
+    monkeypatch.setattr(collisions, "BLOCK", 2)
+    assert np.array_equal(codes, separate(learned, z, books, config("nearest_free"), 0))
 
 
 def test_full_prefix_moves_on_to_the_last_two_levels() -> None:

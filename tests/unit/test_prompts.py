@@ -11,7 +11,6 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import schemas
 from gr2 import prompts
 from gr2.answers import parse
 from gr2.config import PROJECT
@@ -304,11 +303,6 @@ def test_thought_of_the_docstring() -> None:
 
 
 # -- templates and forms ----------------------------------------------------------------------------------------------
-
-
-def test_templates_show_only_columns_of_the_contract() -> None:
-    assert {c.name for c in schemas.get("candidate_features").columns} >= set(COLUMNS)
-    assert "grade" not in prompts.COLUMNS
 
 
 def broken(change: dict[str, object]) -> Template:

@@ -7,7 +7,7 @@ from itertools import permutations
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from zoo import BEASTS, BLIND, EVIDENCE, GOOD, GRADES, INCOMING, KINDS, PAGE, SHOWN, Beast, Settings, blind_mean, page, say
+from zoo import BEASTS, BLIND, EVIDENCE, GOOD, GRADES, INCOMING, KINDS, PAGE, SHOWN, Beast, blind_mean, page, say
 
 from gr2 import rewards
 from gr2.answers import FAILURES, Parsed, parse
@@ -17,7 +17,7 @@ from gr2.rewards import Kind, Reward, reward
 
 pytestmark = pytest.mark.unit
 kinds = st.sampled_from(KINDS)
-WITH, WITHOUT = Settings(), Settings(conditional=False)
+WITH, WITHOUT = RL(), RL(conditional=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Case:
     order: tuple[str, ...]
     thought: str
 
-    def earns(self, settings: Settings = WITH, **changes: object) -> Reward:
+    def earns(self, settings: RL = WITH, **changes: object) -> Reward:
         c = dataclasses.replace(self, **changes)  # type: ignore[arg-type]
         evidence = {*c.incoming, "nextBest", "priorOne", *(f"{label}:nextBest" for label in c.incoming)}
         return reward(c.kind, c.incoming, c.shown, c.grades, Parsed("ok", c.order, c.thought), evidence, settings)
@@ -83,7 +83,7 @@ def test_rank_reward(kind: Kind, before: list[int], after: list[int], expected: 
 def test_conditional_rule_case_by_case() -> None:
     """Each line of METHOD 8's rule, on the zoo's request (incoming A B C D E, shown D B E A C, target C)."""
 
-    def earns(order: str, grades: tuple[int, ...] = GRADES, config: Settings = WITH, thought: str = GOOD) -> Reward:
+    def earns(order: str, grades: tuple[int, ...] = GRADES, config: RL = WITH, thought: str = GOOD) -> Reward:
         return reward("gr2", INCOMING, SHOWN, grades, parse(say(order, thought), INCOMING, "think"), EVIDENCE, config)
 
     first, shown_first = (1, 0, 0, 0, 0), (0, 0, 0, 1, 0)
@@ -120,7 +120,7 @@ def test_settings_of_the_profile_serve() -> None:
 @given(cases(), st.booleans())
 @settings(max_examples=500)
 def test_bounded_and_worse_when_invalid(case: Case, conditional: bool) -> None:
-    config = Settings(conditional=conditional)
+    config = RL(conditional=conditional)
     earned = case.earns(config)
     assert -1.0 <= earned.rank <= 1.0
     assert 0.0 <= earned.format <= 1.0

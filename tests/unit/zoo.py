@@ -8,6 +8,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from gr2.answers import parse
+from gr2.config import RL
 from gr2.prompts import EMPTY_THOUGHT, format_answer, format_thought
 from gr2.rewards import Kind, Reward, reward
 
@@ -17,16 +18,8 @@ GRADES = tuple(int(label == TARGET) for label in INCOMING)
 CLAIMS = ("A:priorOne", "B:priorTwo", "C:nextBest", "C:priorThree", "D:popTop", "E:likeLow")
 EVIDENCE = tuple(sorted({*INCOMING, *CLAIMS, *(claim[2:] for claim in CLAIMS)}))
 GOOD = "pattern nextBest. need nextBest. compare @C nextBest, @A priorOne."
+PAID = RL()  # the defaults of METHOD 8
 KINDS: tuple[Kind, ...] = ("gr2", "normalised", "auc", "ndcg")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The defaults of METHOD 8."""
-
-    conditional: bool = True
-    alpha: float = 0.2
-    invalid: float = -1.5
 
 
 @dataclass(frozen=True)
@@ -37,7 +30,7 @@ class Beast:
     text: str
     honest: bool = False
 
-    def earns(self, kind: Kind = "normalised", settings: Settings = Settings()) -> Reward:
+    def earns(self, kind: Kind = "normalised", settings: RL = PAID) -> Reward:
         """Its reward on the zoo's one request."""
         return reward(kind, INCOMING, SHOWN, GRADES, parse(self.text, INCOMING, "think"), EVIDENCE, settings)
 
@@ -107,7 +100,7 @@ def blind_mean(rule: tuple[int, ...], kind: Kind) -> float:
     order = [INCOMING[place] for place in rule]
     answer = parse(EMPTY_THOUGHT + format_answer(order), INCOMING, "think")
     grades = [[int(place == target) for place in range(5)] for target in range(5)]
-    return sum(reward(kind, INCOMING, SHOWN, g, answer, EVIDENCE, Settings()).total for g in grades) / 5
+    return sum(reward(kind, INCOMING, SHOWN, g, answer, EVIDENCE, RL()).total for g in grades) / 5
 
 
 def page() -> str:
@@ -122,7 +115,7 @@ def page() -> str:
         "| --- | --- |" + " ---: |" * (len(KINDS) + 1),
     ]
     for beast in BEASTS:
-        figures = [beast.earns(kind).total for kind in KINDS] + [beast.earns("normalised", Settings(conditional=False)).total]
+        figures = [beast.earns(kind).total for kind in KINDS] + [beast.earns("normalised", RL(conditional=False)).total]
         name = f"**{beast.name}**" if beast.honest else beast.name
         lines.append(f"| {name} | {beast.status} | " + " | ".join(f"{f:+.3f}" for f in figures) + " |")
     everything = {kind: sum(blind_mean(p, kind) for p in permutations(range(5))) / 120 for kind in KINDS}
