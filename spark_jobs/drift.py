@@ -9,15 +9,11 @@ Beyond drift.retrain_at the log says that retraining is called for (the DAG `nig
 drift.fail_at the stage fails, after its figures are published.
 """
 
-import pyarrow as pa
-
-import schemas
 from gr2.config import Config
 from gr2.context import Context, Result
 from gr2.errors import AuditError, InputError
-from spark_jobs.publish import publish
+from spark_jobs.publish import publish_rows
 from spark_jobs.rerank_scores import modes_of, scored_models
-from spark_jobs.session import frame_of
 from validation import drift
 
 RETRAIN = "retraining is called for"
@@ -31,7 +27,7 @@ def run(cfg: Config, ctx: Context) -> Result:
     tokenizer = ctx.model("tokenizer").id
     found = drift.audit(ctx, ctx.date, cfg.drift.reference_days, cfg.drift.fail_at, tokenizer, live)
     rows = [{"run_id": ctx.run_id, "stage": "drift", **row} for row in found]
-    publish(ctx, "audits", frame_of(ctx, pa.Table.from_pylist(rows, schema=schemas.get("audits").arrow())), {"run_id": ctx.run_id})
+    publish_rows(ctx, "audits", rows, {"run_id": ctx.run_id})
     moved = [row for row in found if row["value"] is not None and row["value"] > cfg.drift.retrain_at]
     told = "; ".join(f"{row['subject']}: {row['value']:.3f}" for row in moved)
     if not all(row["passed"] for row in found):

@@ -17,17 +17,14 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
-import schemas
 from gr2 import artifacts, metrics
 from gr2.config import Config
 from gr2.context import Context, Result
 from gr2.errors import AuditError, MissingInputError
 from gr2.pipeline import read_record
 from schemas.candidates import TIMES
-from spark_jobs.publish import publish
-from spark_jobs.session import frame_of
+from spark_jobs.publish import publish_rows
 from validation import hacking, leakage, position
 from validation.findings import Finding, finding
 
@@ -268,8 +265,7 @@ def _replace_run(ctx: Context, table: str, rows: Iterable[dict[str, Any]]) -> in
     from delta.tables import DeltaTable
     from pyspark.sql import functions as F
 
-    arrow = pa.Table.from_pylist(list(rows), schema=schemas.get(table).arrow())
-    count = publish(ctx, table, frame_of(ctx, arrow), {"run_id": ctx.run_id})
+    count = publish_rows(ctx, table, rows, {"run_id": ctx.run_id})
     day = ctx.run_id.rsplit("-", 1)[0]
     there = {r for r in ctx.lake.read(table, ["run_id"])["run_id"].unique().to_pylist()}
     stale = sorted(r for r in there if r != ctx.run_id and r.rsplit("-", 1)[0] == day)

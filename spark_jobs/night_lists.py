@@ -18,20 +18,18 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import pyarrow as pa
 from pyspark import StorageLevel
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-import schemas
 from gr2.config import Config
 from gr2.context import Context, Result
 from gr2.pipeline import get, read_record, write_record
 from spark_jobs import evidence
 from spark_jobs.candidates import PAIR, SASREC, ranked
 from spark_jobs.features import with_features
-from spark_jobs.publish import publish, rows_hash
-from spark_jobs.session import frame_of, read
+from spark_jobs.publish import publish, publish_rows, rows_hash
+from spark_jobs.session import read
 
 PRERANKER = "midtrain-refit"
 RECORD = "lists"  # of a night, beside those of its stages: what its lists were made from, and by which models
@@ -97,8 +95,7 @@ def _lists(cfg: Config, ctx: Context, night: dt.date, catalogue: str) -> int:
     pairs = pairs.persist(StorageLevel.MEMORY_AND_DISK)  # for the beams and for the features
     try:
         rows = list(ranked(cfg, ctx, asked, "live", model, pairs.select(*PAIR).toArrow(), cfg.candidates.n)) if asked else []
-        schema = schemas.get("candidates").arrow()
-        lists = publish(ctx, "candidates", frame_of(ctx, pa.Table.from_pylist(rows, schema=schema)), partition)
+        lists = publish_rows(ctx, "candidates", rows, partition)
         made = read(ctx, "candidates").where((F.col("split") == "live") & (F.col("night") == partition["night"]))
         publish(ctx, "candidate_features", with_features(ctx, made, pairs, stats), partition)
     finally:

@@ -7,7 +7,7 @@ Content that equals what is published makes no new version, so a rerun leaves ev
 
 import time
 import uuid
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -23,7 +23,7 @@ from gr2.context import Context
 from gr2.errors import AuditError, GR2Error
 from schemas.base import Table
 from spark_jobs.migrations import migrate
-from spark_jobs.session import alter, remove, together
+from spark_jobs.session import alter, frame_of, remove, together
 from validation import suites
 
 if TYPE_CHECKING:
@@ -78,6 +78,14 @@ def publish(
     reached("cleaned", name)
     ctx.log(f"published {name} v{version}: {count} rows{' added' if table.mode == 'insert' else ''}{_told(partition)}")
     return count
+
+
+def publish_rows(
+    ctx: Context, name: str, rows: Iterable[dict[str, Any]], partition: Partition | None = None, built: "Built | None" = None
+) -> int:
+    """`publish` of rows that are at hand."""
+    table = pa.Table.from_pylist(list(rows), schema=schemas.get(name).arrow())
+    return publish(ctx, name, frame_of(ctx, table), partition, built)
 
 
 def _told(partition: Partition | None) -> str:

@@ -13,17 +13,13 @@ import json
 import subprocess
 from typing import Any
 
-import pyarrow as pa
-
-import schemas
 from gr2 import PROJECT
 from gr2.config import Config
 from gr2.context import Context, Result
 from gr2.errors import AuditError, InputError
 from gr2.pipeline import STAGES, read_record
 from spark_jobs.increments import Built, until_settled
-from spark_jobs.publish import publish
-from spark_jobs.session import frame_of
+from spark_jobs.publish import publish_rows
 from validation import gate
 
 
@@ -35,11 +31,11 @@ def run(cfg: Config, ctx: Context) -> Result:
     if (found := None if ctx.date else gate.compare(cfg, ctx)) is not None:
         ctx.log(f"release: {found['subject']}: {found['value']}, {found['detail']}")
         row = {"run_id": ctx.run_id, "stage": "release", **found}
-        publish(ctx, "audits", frame_of(ctx, _table("audits", [row])), {"run_id": ctx.run_id, "stage": "release"})
+        publish_rows(ctx, "audits", [row], {"run_id": ctx.run_id, "stage": "release"})
         if not found["passed"]:
             raise AuditError(f"not promoted: {found['subject']}: {found['value']}, at least {found['low']} is asked ({found['detail']})")
     records = stage_rows(ctx)
-    publish(ctx, "stage_runs", frame_of(ctx, _table("stage_runs", records)), {"run_id": ctx.run_id})
+    publish_rows(ctx, "stage_runs", records, {"run_id": ctx.run_id})
     return until_settled(ctx, lambda: _promote(cfg, ctx, len(records)))
 
 
@@ -50,7 +46,7 @@ def _promote(cfg: Config, ctx: Context, records: int) -> Result:
     release = _release(cfg, ctx, next((json.loads(r["pins"]) for r in there if r["status"] == "promoted"), {}))
     rows = succeeded(there, release, cfg.maintenance.keep_releases)
     built = Built("audits", ctx.lake.version("audits"), {"release_id": release["release_id"]}, base)
-    publish(ctx, "releases", frame_of(ctx, _table("releases", rows)), built=built)
+    publish_rows(ctx, "releases", rows, built=built)
     ctx.log(f"release {release['release_id']} is promoted")
     return Result(rows_in=records, rows_out=1, detail={"release_id": release["release_id"]})
 
@@ -100,7 +96,7 @@ def _retire(ctx: Context, release_id: str) -> Result:
     for row in rows:
         row["status"] = "retired" if row["release_id"] == release_id else row["status"]
     built = Built("releases", base, {"retired": release_id}, base)
-    return Result(rows_out=publish(ctx, "releases", frame_of(ctx, _table("releases", rows)), built=built))
+    return Result(rows_out=publish_rows(ctx, "releases", rows, built=built))
 
 
 def _release(cfg: Config, ctx: Context, promoted: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -133,7 +129,3 @@ def _commit() -> str:
         ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=PROJECT, capture_output=True, text=True, check=False
     )
     return found.stdout.strip() or "unknown"
-
-
-def _table(name: str, rows: list[dict[str, Any]]) -> pa.Table:
-    return pa.Table.from_pylist(rows, schema=schemas.get(name).arrow())

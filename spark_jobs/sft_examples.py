@@ -21,7 +21,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-import schemas
 from gr2.answers import parse
 from gr2.config import Config
 from gr2.context import Context, Result
@@ -31,9 +30,8 @@ from gr2.errors import AuditError
 from gr2.prompts import EMPTY_THOUGHT, View, format_answer, format_thought, render
 from scoring.model import encode_all, load_tokenizer
 from spark_jobs.prompting import Requests, catalogue, render_texts, sample, template_of
-from spark_jobs.publish import publish
+from spark_jobs.publish import publish_rows
 from spark_jobs.reasoning_traces import hash_of, most_relevant, teacher
-from spark_jobs.session import frame_of
 
 CHUNK = 512
 COLUMNS = ["sample_id", "request_id", "mode", "attempt", "prompt_hash", "text", "verdict"]
@@ -55,8 +53,7 @@ def run(cfg: Config, ctx: Context) -> Result:
             "look at reasoning_traces, raise traces.max_attempts, or check traces.mode against sft.traces"
         )
     rows += drills(ctx, cfg, tokenizer)
-    table = pa.Table.from_pylist(rows, schema=schemas.get("sft_examples").arrow())
-    count = publish(ctx, "sft_examples", frame_of(ctx, table))
+    count = publish_rows(ctx, "sft_examples", rows)
     taught_as = Counter("drill" if r["source"] == "drill" else r["mode"] for r in rows)
     unproven = sum(r["source"] == "no_target" for r in rows)
     detail = {**{f"left_out_{k}": v for k, v in left_out.items()}, **taught_as, **({"unproven": unproven} if unproven else {})}

@@ -10,22 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
-import schemas
 from gr2.config import load
 from gr2.context import Context
 from spark_jobs.candidates import publish_features
-from spark_jobs.publish import publish
-from spark_jobs.session import frame_of
 from tests.tables import put
 
 DAY = dt.date(2026, 3, 1)
-
-
-def publish_rows(ctx: Context, name: str, rows: list[dict[str, Any]]) -> None:
-    """A table published as a stage does, audits and all: `put` is for tables that nothing publishes."""
-    publish(ctx, name, frame_of(ctx, pa.Table.from_pylist(rows, schema=schemas.get(name).arrow())))
 
 
 def scratch() -> Path:
