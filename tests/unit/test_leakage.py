@@ -81,7 +81,7 @@ def failed(tables: World, *overrides: str, night: World | None = None) -> set[st
             (folder / "config.json").write_text("{}")
         tables = {
             **tables,
-            "semantic_ids": [{**r, "tokenizer": artifacts.resolve(Path(root), "tokenizer", "").id} for r in tables["semantic_ids"]],
+            "semantic_ids": [{**r, "tokenizer": artifacts.resolve(Path(root), "tokenizer").id} for r in tables["semantic_ids"]],
         }
         ctx = Context(load("demo", [f"paths.root={root}", "evidence.window=2", "data.protocol=leave_one_out", *overrides]))
         for name, rows in [*tables.items(), *(night or {}).items()]:
