@@ -7,14 +7,13 @@ import os
 import pytest
 from deltalake import DeltaTable
 from event_world import event_table
-from rerank_world import publish_rows
 
 from gr2 import pipeline
 from gr2.context import Context
 from schemas.lake import Lake
 from spark_jobs import maintenance
 from spark_jobs import publish as publishing
-from spark_jobs.publish import publish
+from spark_jobs.publish import publish, publish_rows
 from spark_jobs.release import manage
 from spark_jobs.session import frame_of
 

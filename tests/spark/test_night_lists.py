@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from event_world import day_events
-from rerank_world import publish_rows, vector_rows
+from rerank_world import vector_rows
 from sequence_world import ITEMS, START, catalogue, model_named, sasrec_named
 
 import schemas
@@ -18,7 +18,7 @@ from gr2.config import load
 from gr2.context import Context
 from gr2.errors import InputError
 from spark_jobs import candidates, drift, evidence, interactions, night_lists, rerank_scores
-from spark_jobs.publish import publish
+from spark_jobs.publish import publish, publish_rows
 from spark_jobs.session import frame_of
 from tests.tables import put
 from validation import leakage
