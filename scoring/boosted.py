@@ -4,8 +4,9 @@
     for logp_N in judge.log_probabilities(lists, users): ...
 
 Gradient boosting (Friedman 2001, as LightGBM has it) that starts from the scores of the conditional logit and lowers the same loss, the
-cross-entropy of a list's softmax (Cao et al. 2007, ListNet's top one), so that what comes out are probabilities. Several bags are averaged.
-They are fitted in the program's own folds of users: no list of a user taught what judges that user's lists.
+cross-entropy of a list's softmax (Cao et al. 2007, ListNet's top one), the mean of several bags. What they come to is averaged with the
+scores of LambdaMART (Burges 2010) on the raw columns: the two err apart, and their mean orders better than either, and is as sure as it
+should be (docs/log.md). All are fitted in the program's own folds of users: no list of a user taught what judges that user's lists.
 
 Shapes: R lists, N candidates of the longest, C raw columns, F features of trees, M candidates of all lists, one after the other.
 """
@@ -20,14 +21,15 @@ from numpy.typing import NDArray
 from gr2.prompts import Candidate
 from scoring.evidence_engine import FOLDS, Floats, Program, columns_of, fold_of, raw_of, shares
 
-NAME = "trees:1"
-BAGS, ROUNDS = 4, 400
+NAME = "trees:2"
+BAGS, ROUNDS, RANKED_ROUNDS = 4, 400, 200
 # Chosen by cross-validation on Beauty's lists of rerank and valid (docs/log.md).
-TREES = {
-    "num_leaves": 7, "min_data_in_leaf": 50, "learning_rate": 0.03, "lambda_l2": 10.0, "bagging_fraction": 0.6, "bagging_freq": 1,
-    "feature_fraction": 0.5, "verbosity": -1, "deterministic": True, "force_row_wise": True, "num_threads": 1,
-    "feature_pre_filter": False,  # else few lists leave no feature, which is an error
+BOTH = {
+    "min_data_in_leaf": 50, "learning_rate": 0.03, "lambda_l2": 10.0, "verbosity": -1, "deterministic": True, "force_row_wise": True,
+    "num_threads": 1, "feature_pre_filter": False,  # else few lists leave no feature, which is an error
 }  # fmt: skip
+TREES = {**BOTH, "num_leaves": 7, "bagging_fraction": 0.6, "bagging_freq": 1, "feature_fraction": 0.5}
+RANKED = {**BOTH, "objective": "lambdarank", "num_leaves": 15}
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +37,8 @@ class Boosted:
     """The program, and for each fold of users its bags of trees."""
 
     program: Program
-    bags: Sequence[Sequence[Any]]  # lightgbm.Booster
+    bags: Sequence[Sequence[Any]]  # lightgbm.Booster, as the next
+    ranked: Sequence[Any]  # LambdaMART
 
     def log_probabilities(self, lists: Sequence[Sequence[Candidate]], users: Sequence[str]) -> list[Floats]:
         """(N,) for each list: log-probability of each candidate to be chosen, as the user's fold has it."""
@@ -54,8 +57,8 @@ class Boosted:
         for fold in np.unique(folds_R):
             own = folds_R == fold
             logit_RN, features_MF = _inputs(self.program, raw_RNC[own], there_RN[own], int(fold))
-            scores_M = logit_RN[there_RN[own]] + np.mean([bag.predict(features_MF) for bag in self.bags[fold]], axis=0)
-            scores_RN[own[:, None] & there_RN] = scores_M
+            listwise_M = logit_RN[there_RN[own]] + np.mean([bag.predict(features_MF) for bag in self.bags[fold]], axis=0)
+            scores_RN[own[:, None] & there_RN] = (listwise_M + self.ranked[fold].predict(raw_RNC[own][there_RN[own]])) / 2
         return np.asarray(scores_RN - np.logaddexp.reduce(scores_RN, axis=1, keepdims=True))
 
 
@@ -73,7 +76,7 @@ def boost(
     import lightgbm
 
     share_RN = shares(grades_RN, there_RN, weights_RN)
-    bags = []
+    bags, ranked = [], []
     for fold in range(FOLDS):
         taught = (folds_R != fold) & (share_RN > 0).any(axis=1)
         there = there_RN[taught]
@@ -81,7 +84,11 @@ def boost(
         data = lightgbm.Dataset(features_MF, share_RN[taught][there], init_score=logit_RN[there], free_raw_data=False)
         loss = listwise(share_RN[taught][there], there.sum(axis=1))
         bags.append([lightgbm.train({**TREES, "objective": loss, "seed": seed + bag}, data, rounds) for bag in range(BAGS)])
-    return Boosted(program, bags)
+        counts_RN = np.broadcast_to(share_RN[taught].sum(axis=1, keepdims=True), there.shape)  # what a list counts
+        told = {"label": grades_RN[taught][there], "weight": counts_RN[there], "group": there.sum(axis=1)}
+        data = lightgbm.Dataset(raw_RNC[taught][there], **told, free_raw_data=False)
+        ranked.append(lightgbm.train({**RANKED, "seed": seed}, data, min(rounds, RANKED_ROUNDS)))
+    return Boosted(program, bags, ranked)
 
 
 def listwise(share_M: Floats, sizes_R: NDArray[np.int64]) -> Callable[[Floats, Any], tuple[Floats, Floats]]:
