@@ -5,7 +5,8 @@ Reads: `candidate_features`, `program_lists`, `candidates`. Writes: `baselines` 
     popularity   interactions of the fit                 transition   direct transitions from the last history item, then popularity
     lambdamart   LightGBM on the same evidence that the models read, and on the same lists, which count as they do for the program:
                  trained on split rerank, picked on valid, then for test trained on both
-    program      the evidence program with trees, which `distill` learns from (`distill.source: evidence`): fitted on other users' lists
+    program      the evidence program with trees, LambdaMART's among them, which `distill` learns from (`distill.source: evidence`): fitted
+                 on other users' lists
     oracle       the best order of the same candidates: the ceiling
 A rerun is harmless: all of it is seeded and replaced whole.
 
