@@ -27,7 +27,8 @@ def settings(root: Path, port: int = 8080) -> dict[str, str]:
 
 def start(root: Path, profile: str, port: int) -> None:
     """Runs `airflow standalone` until Ctrl-C, then ends its whole group: its own children outlive a signal to it alone."""
-    environment = {**os.environ, **settings(root, port), "GR2_PROFILE": profile}
+    own = settings(root, port)
+    environment = {**os.environ, **own, "GR2_PROFILE": profile}
     airflow = str(Path(sys.executable).parent / "airflow")
     subprocess.run([airflow, "db", "migrate"], env=environment, check=True, stdout=subprocess.DEVNULL)
     pool = [airflow, "pools", "set", "gpu", "1", "stages that train, or ask a model"]
@@ -36,7 +37,7 @@ def start(root: Path, profile: str, port: int) -> None:
     print(
         f"Unpause and trigger `retrain`, then `nightly` with a day that has logs. Their profile is {profile!r}, unless a run names another."
     )
-    print("For `airflow` in another shell, there: " + shlex.join(["export", *(f"{k}={v}" for k, v in settings(root, port).items())]))
+    print("For `airflow` in another shell, there: " + shlex.join(["export", *(f"{k}={v}" for k, v in own.items())]))
     print("Ctrl-C ends it.")
     process = subprocess.Popen([airflow, "standalone"], env=environment, start_new_session=True)
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gr2 import __version__
+from gr2.artifacts import write_whole
 from gr2.context import Context, Result, parse_date
 from gr2.environment import checks, set_defaults
 from gr2.errors import AuditError, ConfigError, EnvironmentProblem, GR2Error
@@ -51,10 +52,10 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except GR2Error as error:
-        code, said = error.exit_code, f"{type(error).__name__}: {_as_asked(str(error), sys.argv[1:])}"
-        print(said, file=sys.stderr)
+        code, said = error.exit_code, f"{type(error).__name__}: {error}"
+        print(_as_asked(said, sys.argv[1:]), file=sys.stderr)
         if last_words := os.environ.get(LAST_WORDS):
-            Path(last_words).write_text(f"{code} {said}")
+            write_whole(Path(last_words), f"{code} {said}")
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else bool(end.code)
     sys.stdout.flush()
@@ -91,11 +92,12 @@ def run(
             ctx.log(f"[{number}/{len(stages)}] {stage.name}")
             try:
                 _run_stage(stage, ctx, settings or [], fingerprint)
+                rows.append((stage.name, "ok", pipeline.read_record(ctx, stage.name)))
             except AuditError as error:
                 if stage.name != "release":
                     raise
                 refused = error  # what came out is told all the same
-            rows.append((stage.name, "refused" if refused and stage.name == "release" else "ok", pipeline.read_record(ctx, stage.name)))
+                rows.append((stage.name, "refused", {}))
     _summary(ctx, rows, time.monotonic() - started)
     if refused:
         raise refused
@@ -195,8 +197,7 @@ def version() -> None:
 def _as_asked(message: str, argv: list[str]) -> str:
     """An error's message, the commands that it names with the profile and the settings of the command that failed."""
     given = [word for name, word in pairwise(argv) if name in ("--profile", "--set") for word in (name, word)]
-    unsaid = r"`(gr2 (?:stage|run)\b(?:(?!--profile)[^`])*)`"  # by the process of a stage it may be said already
-    return re.sub(unsaid, lambda found: f"`{' '.join([found[1], shlex.join(given)]).rstrip()}`", message)
+    return re.sub(r"`(gr2 (?:stage|run)\b[^`]*)`", lambda found: f"`{' '.join([found[1], shlex.join(given)]).rstrip()}`", message)
 
 
 def _context(profile: str, settings: list[str] | None, date: str | None = None) -> Context:
@@ -228,9 +229,10 @@ def _spawn(stage: "Stage", ctx: Context, settings: list[str]) -> None:
     environment = dict(os.environ)
     if count > 1:  # they share the cores; what `set_defaults` gave this process is meant for one
         environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // count))
-    with tempfile.NamedTemporaryFile("r") as last_words:
-        done = subprocess.run(command, cwd=Path.cwd(), env={**environment, LAST_WORDS: last_words.name}, check=False)
-        code, _, said = last_words.read().partition(" ")
+    with tempfile.TemporaryDirectory() as folder:
+        last_words = Path(folder) / "last_words"
+        done = subprocess.run(command, cwd=Path.cwd(), env={**environment, LAST_WORDS: str(last_words)}, check=False)
+        code, _, said = last_words.read_text().partition(" ") if last_words.exists() else ("", "", "")
     if done.returncode:
         raise _StageFailed(stage.name, int(code or done.returncode), said or "its own message is above")
 

@@ -10,6 +10,11 @@ def seed_of(*parts: Any) -> int:
     return int.from_bytes(hashlib.sha256("\0".join(map(str, parts)).encode()).digest()[:4]) >> 1
 
 
+def share_of(*parts: Any) -> float:
+    """A number in [0, 1), equal for equal parts in every process."""
+    return seed_of(*parts) / 2**31
+
+
 def by_hash(ids: Iterable[str], seed: int, purpose: str) -> list[str]:
     """The ids in the order of their seeded hashes: any first part of it is a sample."""
     return sorted(ids, key=lambda i: (seed_of(purpose, seed, i), i))

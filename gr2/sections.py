@@ -30,7 +30,6 @@ class Training(Section):
 
     epochs: float = Field(1.0, gt=0)
     max_steps: int = Field(0, ge=0)  # 0: as many as the epochs give
-    min_steps: int = Field(0, ge=0)  # small data is read in more epochs, so that a model learns at all
     tokens_per_batch: Positive = 4096
     row_tokens: Positive = 512  # packed rows have this length; longer examples are refused by name
     accumulation: Positive = 1

@@ -79,14 +79,14 @@ def boost(
     bags, ranked = [], []
     for fold in range(FOLDS):
         taught = (folds_R != fold) & (share_RN > 0).any(axis=1)
-        there = there_RN[taught]
+        there, told_RN = there_RN[taught], share_RN[taught]
         logit_RN, features_MF = _inputs(program, raw_RNC[taught], there, fold)
-        data = lightgbm.Dataset(features_MF, share_RN[taught][there], init_score=logit_RN[there], free_raw_data=False)
-        loss = listwise(share_RN[taught][there], there.sum(axis=1))
+        data = lightgbm.Dataset(features_MF, told_RN[there], init_score=logit_RN[there], free_raw_data=False)
+        loss = listwise(told_RN[there], there.sum(axis=1))
         bags.append([lightgbm.train({**TREES, "objective": loss, "seed": seed + bag}, data, rounds) for bag in range(BAGS)])
-        counts_RN = np.broadcast_to(share_RN[taught].sum(axis=1, keepdims=True), there.shape)  # what a list counts
-        told = {"label": grades_RN[taught][there], "weight": counts_RN[there], "group": there.sum(axis=1)}
-        data = lightgbm.Dataset(raw_RNC[taught][there], **told, free_raw_data=False)
+        counts_RN = np.broadcast_to(told_RN.sum(axis=1, keepdims=True), there.shape)  # what a list counts
+        lists = {"label": grades_RN[taught][there], "weight": counts_RN[there], "group": there.sum(axis=1)}
+        data = lightgbm.Dataset(raw_RNC[taught][there], **lists, free_raw_data=False)
         ranked.append(lightgbm.train({**RANKED, "seed": seed}, data, min(rounds, RANKED_ROUNDS)))
     return Boosted(program, bags, ranked)
 

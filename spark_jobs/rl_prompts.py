@@ -18,7 +18,7 @@ import pyarrow as pa
 import schemas
 from gr2.config import Config
 from gr2.context import Context, Result
-from gr2.draws import seed_of
+from gr2.draws import seed_of, share_of
 from gr2.prompts import View, evidence_words, make_view, prompt_hash, redrawn
 from scoring.model import load_tokenizer
 from spark_jobs.prompting import Requests, render_texts, sample, template_of
@@ -65,9 +65,7 @@ def drawn(cfg: Config, requests: Requests) -> Iterator[tuple[dict[str, Any], Vie
         training = row["split"] == "rerank"
         for replica in range(cfg.rl.replicas if training else 1):
             moved = (
-                training
-                and row["target_id"] in grade_of
-                and seed_of("move", cfg.seed, row["request_id"], replica) / 2**31 < cfg.rl.redraw_share
+                training and row["target_id"] in grade_of and share_of("move", cfg.seed, row["request_id"], replica) < cfg.rl.redraw_share
             )
             listed = redrawn(candidates, row["target_id"], row["request_id"], replica) if moved else candidates
             told = {**row, "replica": replica, "grade_of": grade_of, "weight_of": weight_of}

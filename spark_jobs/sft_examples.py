@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 from gr2.answers import parse
 from gr2.config import Config
 from gr2.context import Context, Result
-from gr2.draws import seed_of
+from gr2.draws import seed_of, share_of
 from gr2.drills import drill
 from gr2.errors import AuditError
 from gr2.prompts import EMPTY_THOUGHT, View, format_answer, format_thought, render
@@ -120,7 +120,7 @@ def _example(cfg: Config, sample: str, mode: str, prompt: str, thought: str, ord
 
 def taught(sample_id: str, mode: str, cfg: Config) -> bool:
     """Whether a trace is taught in a mode. Shares are cut from both ends of one draw: 0.6 and 0.4 part them, 1 and 1 use all twice."""
-    draw = seed_of("mode", cfg.seed, sample_id) / 2**31
+    draw = share_of("mode", cfg.seed, sample_id)
     share = dict(cfg.sft.modes).get(mode, 0.0)  # type: ignore[call-overload]
     return draw < share if mode == "think" else draw >= 1.0 - share
 

@@ -52,8 +52,8 @@ class Summary:
 
 
 def planned_steps(loader: Loader, settings: Training) -> int:
-    """Optimizer steps: max_steps, or as many as the epochs give, at least min_steps."""
-    return settings.max_steps or max(settings.min_steps, loader.steps(settings.epochs, settings.accumulation))
+    """Optimizer steps: max_steps, or as many as the epochs give."""
+    return settings.max_steps or loader.steps(settings.epochs, settings.accumulation)
 
 
 def learning_rate(settings: Training, step: int, total: int) -> float:
@@ -90,17 +90,25 @@ def state_logprobs(model: Any, hidden_MD: torch.Tensor, targets_M: torch.Tensor,
         logits_CV = logits_CV if temperature == 1.0 else logits_CV / temperature  # else a copy of the largest tensor for nothing
         return -torch.nn.functional.cross_entropy(logits_CV, targets_C, reduction="none")
 
-    count = _chunks(head, len(targets_M))
+    return in_chunks(logprobs, _calls(head, len(targets_M)), hidden_MD, targets_M)
+
+
+def in_chunks(function: Callable[..., torch.Tensor], count: int, *tables_M: torch.Tensor) -> torch.Tensor:
+    """What `function` makes of the rows of some tables, in `count` chunks of CHUNK rows; with several each is computed anew going back."""
     if count == 1:
-        return logprobs(hidden_MD, targets_M)
-    starts = range(0, count * CHUNK, CHUNK)
-    parts = [(hidden_MD[start : start + CHUNK], targets_M[start : start + CHUNK]) for start in starts]
-    return torch.cat([computed_anew(logprobs, *part, use_reentrant=False) for part in parts])
+        return function(*tables_M)
+    cuts = ([table_M[start : start + CHUNK] for table_M in tables_M] for start in range(0, count * CHUNK, CHUNK))
+    return torch.cat([computed_anew(function, *cut, use_reentrant=False) for cut in cuts])
 
 
-def _chunks(head: Any, learned: int) -> int:
+def chunks_of(rows: int) -> int:
+    """Chunks that hold so many rows."""
+    return max(1, math.ceil(rows / CHUNK))
+
+
+def _calls(head: Any, learned: int) -> int:
     """Calls of the head: under ZeRO-3, where each gathers the weights from all ranks, as many on each rank as the longest needs."""
-    count = max(1, math.ceil(learned / CHUNK))
+    count = chunks_of(learned)
     if not hasattr(head.weight, "ds_id") or world() == 1:
         return count
     most = torch.tensor(count, device=head.weight.device)

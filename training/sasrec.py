@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.utils.checkpoint import checkpoint as computed_anew
 
 from gr2.config import Config
 from gr2.context import Context, Result
@@ -29,7 +28,7 @@ from schemas.interactions import FITS
 from scoring.sasrec import SASRec, padded, save
 from training.data import Batch, Rows, batches
 from training.fitting import fit
-from training.loop import CHUNK, rank, world
+from training.loop import chunks_of, in_chunks, rank, world
 
 STAGE = "sasrec"
 FIT = {"sasrec": "train", "sasrec-refit": "refit"}
@@ -84,9 +83,6 @@ def next_item_loss(model: SASRec, batch: Batch) -> tuple[Tensor, dict[str, float
     states_XD, targets_X = model(batch.input_ids_BT[:, :-1])[learned_UT], batch.input_ids_BT[:, 1:][learned_UT]
 
     def loss(states_XD: Tensor, targets_X: Tensor) -> Tensor:
-        return cross_entropy(model.logits(states_XD), targets_X, reduction="sum")
+        return cross_entropy(model.logits(states_XD), targets_X, reduction="sum")[None]
 
-    if len(states_XD) <= CHUNK:
-        return loss(states_XD, targets_X) / batch.norm, {}
-    parts = zip(states_XD.split(CHUNK), targets_X.split(CHUNK), strict=True)  # logits of one part alone stand at once
-    return torch.stack([computed_anew(loss, *part, use_reentrant=False) for part in parts]).sum() / batch.norm, {}
+    return in_chunks(loss, chunks_of(len(targets_X)), states_XD, targets_X).sum() / batch.norm, {}

@@ -19,8 +19,8 @@ from gr2.errors import ConfigError, ModelError
 from scoring.model import build_model, load
 from tests.e2e.loop_world import FAST, TINY, Stop, examples, loss_fn, plain_logits, run, same_weights, stop_after
 from training import checkpoints, loop
-from training.data import Batch, batches, pack, to_batch
-from training.loop import Engine, learned_states, planned_steps, state_logprobs, token_logprobs
+from training.data import Batch, pack, to_batch
+from training.loop import Engine, learned_states, state_logprobs, token_logprobs
 
 pytestmark = pytest.mark.e2e
 
@@ -245,13 +245,6 @@ def test_a_gradient_that_is_not_finite_comes_into_no_checkpoint(tokenizer: Any, 
     with pytest.raises(ModelError, match=r"gradient's norm is (nan|inf) at step 1"):
         run(tokenizer, tmp_path, settings, loss=broken, checkpoint=home)
     assert checkpoints.latest(home) is None
-
-
-def test_small_data_is_read_as_often_as_it_takes() -> None:
-    loader = batches(pack(examples(25), 48), 48 * 4, 1)
-    twice = Training(epochs=2.0)
-    for bounds, steps in (({}, loader.steps(2.0)), ({"min_steps": 50}, 50), ({"min_steps": 50, "max_steps": 12}, 12)):
-        assert planned_steps(loader, twice.model_copy(update=bounds)) == steps
 
 
 def test_impossible_settings_are_refused(tokenizer: Any) -> None:

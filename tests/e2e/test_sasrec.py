@@ -13,7 +13,7 @@ from gr2.context import Context
 from gr2.errors import InputError
 from scoring.sasrec import SASRec, load
 from tests.tables import put
-from training import sasrec
+from training import loop, sasrec
 from training.data import to_batch
 
 pytestmark = pytest.mark.e2e
@@ -57,7 +57,7 @@ def test_parts_of_the_loss_change_neither_it_nor_gradients(make_ctx: Callable[..
     batch = to_batch(sasrec.rows_of(sequences, 12), slice(None))
     told = []
     for most in (10_000, 7):
-        monkeypatch.setattr(sasrec, "CHUNK", most)
+        monkeypatch.setattr(loop, "CHUNK", most)
         torch.manual_seed(1)
         model = SASRec(items, ctx.cfg.sasrec)
         loss, _ = sasrec.next_item_loss(model, batch)

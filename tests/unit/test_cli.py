@@ -47,10 +47,10 @@ def test_a_failure_is_one_line_and_its_code(words, code, message, tmp_path):
     assert message in done.stderr
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_failure_says_what_to_run_with_the_settings_at_hand_and_its_code_outlives_torchrun(processes, tmp_path):
-    given = f"--profile demo --set paths.root={tmp_path} --set midtrain.student.processes={processes}"
-    done = gr2("stage", "midtrain", *given.split())
+@pytest.mark.parametrize("stage", ["tokenizer", "midtrain"])  # of one process, and of two
+def test_a_failure_says_what_to_run_with_the_settings_at_hand_and_its_code_outlives_torchrun(stage, tmp_path):
+    given = f"--profile demo --set paths.root={tmp_path} --set midtrain.student.processes=2"
+    done = gr2("stage", stage, *given.split())
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 5, done.stderr
     assert re.search(rf"MissingInputError: .*`gr2 stage \w+ {re.escape(given)}`", last), last

@@ -21,7 +21,7 @@ def test_every_profile_loads_and_says_how_to_run_it(profile):
     ("override", "message"),
     [
         ("rl.grup=4", "rl.grup: unknown key: did you mean 'group'"),
-        ("rl.student.max_stepps=4", "did you mean 'max_steps'"),
+        ("rl.student.stepps=4", "did you mean 'max_steps'"),
         ("paths.rot=x", "did you mean 'root'"),
         ("tokeniser.codes=4", "did you mean 'tokenizer'"),
         ("rl.group=many", "rl.group"),
