@@ -119,8 +119,11 @@ def rerank(runs: Sequence[Run]) -> None:
         if not users:
             continue
         by_seed = [run.values["prerank", "order", "recall@1"].keys() & users for run in runs]
-        ceiling = float(np.mean([len(listed) for listed in by_seed])) / len(users)
-        print(f"\n`{slice_}`: {len(users):,} users, {len(set().union(*by_seed)):,} with the target in a list (ceiling {ceiling:.4f})\n")
+        ceiling = float(np.mean([len(own) for own in by_seed])) / len(users)
+        listed = set().union(*by_seed)
+        print(f"\n`{slice_}`: {len(users):,} users, {len(listed):,} with the target in a list (ceiling {ceiling:.4f})\n")
+        if not listed:
+            continue
         print(
             "| order | R@1 | R@3 | N@3 | R@1 of all | N@3 over incoming | N@3 over LambdaMART | R@1 over LambdaMART | R@3 over LambdaMART |"
         )
