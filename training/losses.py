@@ -68,24 +68,10 @@ def opd_advantages(student_logp_BT: torch.Tensor, teacher_logp_BT: torch.Tensor,
 
 
 def soft_label_loss(student_logp_BN: torch.Tensor, teacher_logp_BN: torch.Tensor) -> torch.Tensor:
-    """KL(teacher || student) over the labels at the first answer position, mean over the batch.
+    """(B,) KL(teacher || student) over the labels at one answer position.
 
-    The teacher is renormalised over the labels, the student is not: mass that it puts on anything but a label is paid for.
+    The teacher is renormalised over the labels, the student is not: mass that it puts on anything but a label is paid for. Both are finite;
+    a label of no probability has a very low log-probability.
     """
     teacher_BN = torch.log_softmax(teacher_logp_BN.float(), dim=-1)
-    return (teacher_BN.exp() * (teacher_BN - student_logp_BN)).sum(-1).mean()
-
-
-def order_loss(scores_BN: torch.Tensor) -> torch.Tensor:
-    """Plackett-Luce negative log-likelihood of the order in which the labels stand (best first), per label, mean over the batch.
-
-    `scores_BN` are the student's log-probabilities of the labels, in the order to be imitated: choosing the first among all, the second
-    among the rest, and so on.
-    """
-    rest_BN = torch.logcumsumexp(scores_BN.flip(-1), dim=-1).flip(-1)
-    return (rest_BN - scores_BN).mean(-1).mean()
-
-
-def distill_loss(student_logp_BN: torch.Tensor, teacher_logp_BN: torch.Tensor, label_weight: float, order_weight: float) -> torch.Tensor:
-    """Soft labels plus order (METHOD of reasoning distillation): both tensors hold the labels in the teacher's order, best first."""
-    return label_weight * soft_label_loss(student_logp_BN, teacher_logp_BN) + order_weight * order_loss(student_logp_BN)
+    return (teacher_BN.exp() * (teacher_BN - student_logp_BN)).sum(-1)

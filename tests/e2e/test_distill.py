@@ -8,12 +8,12 @@ import torch
 
 from gr2 import artifacts
 from gr2.errors import InputError
-from gr2.prompts import ANSWER_OPEN, EMPTY_THOUGHT
+from gr2.prompts import ANSWER_OPEN, ANSWER_SEPARATOR, EMPTY_THOUGHT
 from scoring.model import label_logprobs, load, save
 from tests.e2e import tiny
 from training import distill
 from training.data import pack, to_batch
-from training.losses import distill_loss
+from training.losses import soft_label_loss
 
 pytestmark = pytest.mark.e2e
 
@@ -56,6 +56,8 @@ def test_fast_learns_order_and_log_probabilities(make_ctx):
     scores = label_logprobs(model, tokenizer, [r["prompt"] for r in table[:8]], ["A", "B", "C"])
     three = [i for i in range(8) if len(table[i]["order"]) == 3]
     assert (np.argsort(-scores[three], axis=1) == [0, 1, 2]).all()
+    after = label_logprobs(model, tokenizer, [table[i]["prompt"] + "A" + ANSWER_SEPARATOR for i in three], ["A", "B", "C"])
+    assert (after.argmax(axis=1) == 1).all(), "after the best label, the next one"
 
 
 def test_it_starts_where_the_profile_says(make_ctx):
@@ -75,18 +77,27 @@ def test_it_starts_where_the_profile_says(make_ctx):
     assert moved_V[[5, 9]].min() > 10 * moved_V[10:].max(), "what mid-training never read is drawn anew, as before SFT"
 
 
-def test_the_loss_of_a_batch_is_the_mean_over_examples_of_any_length(ctx):
+def test_the_loss_of_a_batch_is_the_mean_over_lists_of_any_length_of_what_each_place_costs(ctx):
     tokenizer = tiny.model_named(ctx, "rl")
     model, _ = load(ctx.model("rl").path)
     tiny.put(ctx, "distill_examples", rows(tokenizer, 5))
     table = ctx.lake.read("distill_examples", order_by=["ordinal"])
-    examples, taught = distill.to_examples(tokenizer, table)
-    batch = to_batch(pack(examples, 512), slice(None))
-    expected = []
-    for row in table.to_pylist():
-        student = label_logprobs(model, tokenizer, [row["prompt"]], row["order"])
-        expected.append(distill_loss(torch.from_numpy(student), torch.tensor([row["label_logprobs"]]), 1.0, 0.5).item())
-    assert taught.loss_fn(1.0, 0.5)(model, batch)[0].item() == pytest.approx(np.mean(expected), rel=1e-4)
+    for places, weights in ((1, [1.0]), (5, [2 / 3, 1 / 3])):
+        examples, taught = distill.to_examples(tokenizer, table, places)
+        batch = to_batch(pack(examples, 512), slice(None))
+        expected, same = [], []
+        for row in table.to_pylist():
+            own = weights if len(row["order"]) == 3 else [1.0]  # the last label is what is left
+            costs = []
+            for place in range(len(own)):
+                context, rest = row["prompt"] + "".join(label + ANSWER_SEPARATOR for label in row["order"][:place]), row["order"][place:]
+                student = torch.from_numpy(label_logprobs(model, tokenizer, [context], rest))
+                costs.append(soft_label_loss(student, torch.tensor([row["label_logprobs"][place:]])).item())
+                same += [int(student.argmax()) == 0] if place == 0 else []
+            expected.append(np.dot(own, costs))
+        loss, told = taught.loss(model, batch)
+        assert loss.item() == pytest.approx(np.mean(expected), rel=1e-4)
+        assert told["same_first"] == pytest.approx(np.mean(same), rel=1e-4)
 
 
 def test_empty_and_broken_examples_are_refused(ctx):
