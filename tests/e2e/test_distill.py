@@ -51,7 +51,7 @@ def test_fast_learns_order_and_log_probabilities(make_ctx):
     made = ctx.model("fast")
     curve = [json.loads(line) for line in (made.path / "metrics.jsonl").read_text().splitlines()]
     assert curve[-1]["loss"] < 0.4 * curve[0]["loss"]
-    assert curve[-1]["same_first"] > 0.95
+    assert 0.95 < curve[-1]["same_first"] < 1.0001, "a share of the lists"
     model, _ = load(made.path)
     scores = label_logprobs(model, tokenizer, [r["prompt"] for r in table[:8]], ["A", "B", "C"])
     three = [i for i in range(8) if len(table[i]["order"]) == 3]
