@@ -63,8 +63,8 @@ class Taught:
         teacher_MN = logp_MN.masked_fill(placed_MN, NEVER)
         student_MN = torch.log_softmax(model.get_output_embeddings()(hidden_MD).float(), dim=-1).gather(1, ids_MN)
         total = (batch.weights_BT[learned_BT] * soft_label_loss(student_MN, teacher_MN)).sum()
-        same_M = student_MN.masked_fill(teacher_MN <= NEVER, -torch.inf).argmax(dim=1) == 0
-        return total / batch.norm, {"same_first": float((same_M & (before_M == 0)).sum()) / batch.norm}
+        first_M = student_MN.masked_fill(teacher_MN <= NEVER, -torch.inf).argmax(dim=1)  # 0 at the first place alone: then it is placed
+        return total / batch.norm, {"same_first": float((first_M == 0).sum()) / batch.norm}
 
 
 def to_examples(tokenizer: Any, table: pa.Table, places: int) -> tuple[list[Example], Taught]:
