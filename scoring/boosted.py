@@ -11,7 +11,9 @@ should be (docs/log.md). All are fitted in the program's own folds of users: no 
 Shapes: R lists, N candidates of the longest, C raw columns, F features of trees, M candidates of all lists, one after the other.
 """
 
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,18 +78,21 @@ def boost(
     import lightgbm
 
     share_RN = shares(grades_RN, there_RN, weights_RN)
-    bags, ranked = [], []
-    for fold in range(FOLDS):
+
+    def of(fold: int) -> tuple[list[Any], Any]:
         taught = (folds_R != fold) & (share_RN > 0).any(axis=1)
         there, told_RN = there_RN[taught], share_RN[taught]
         logit_RN, features_MF = _inputs(program, raw_RNC[taught], there, fold)
         data = lightgbm.Dataset(features_MF, told_RN[there], init_score=logit_RN[there], free_raw_data=False)
         loss = listwise(told_RN[there], there.sum(axis=1))
-        bags.append([lightgbm.train({**TREES, "objective": loss, "seed": seed + bag}, data, rounds) for bag in range(BAGS)])
+        bags = [lightgbm.train({**TREES, "objective": loss, "seed": seed + bag}, data, rounds) for bag in range(BAGS)]
         counts_RN = np.broadcast_to(told_RN.sum(axis=1, keepdims=True), there.shape)  # what a list counts
         lists = {"label": grades_RN[taught][there], "weight": counts_RN[there], "group": there.sum(axis=1)}
         data = lightgbm.Dataset(raw_RNC[taught][there], **lists, free_raw_data=False)
-        ranked.append(lightgbm.train({**RANKED, "seed": seed}, data, min(rounds, RANKED_ROUNDS)))
+        return bags, lightgbm.train({**RANKED, "seed": seed}, data, min(rounds, RANKED_ROUNDS))
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # each has one thread of LightGBM's
+        bags, ranked = zip(*threads.map(of, range(FOLDS)), strict=True)
     return Boosted(program, bags, ranked)
 
 
