@@ -78,19 +78,18 @@ def to_examples(tokenizer: Any, table: pa.Table, places: int) -> tuple[list[Exam
         raise InputError("distill_examples: order and label_logprobs differ in length: run `gr2 stage distill_examples` again")
     names = sorted({label for order in orders for label in order})
     id_of = dict(zip(names, label_ids(tokenizer, names), strict=True))
-    widest = max(len(order) for order in orders)
-    ids_EN = torch.tensor([[id_of[label] for label in order] + [id_of[order[0]]] * (widest - len(order)) for order in orders])
-    logp_EN = torch.tensor([list(logp) + [NEVER] * (widest - len(logp)) for logp in logps])
+    answers = [[id_of[label] for label in order] for order in orders]
+    widest = max(map(len, answers))
+    ids_EN = torch.tensor([ids + ids[:1] * (widest - len(ids)) for ids in answers])
+    logp_EN = torch.tensor([logp + [NEVER] * (widest - len(logp)) for logp in logps])
     separator = encode_all(tokenizer, [ANSWER_SEPARATOR])[0]
     prompts = encode_all(tokenizer, table["prompt"].to_pylist())
     examples = []
-    for number, (prompt, order) in enumerate(zip(prompts, orders, strict=True)):
-        count = max(1, min(places, len(order) - 1))  # the last label is what is left
+    for number, (prompt, ids) in enumerate(zip(prompts, answers, strict=True)):
+        count = max(1, min(places, len(ids) - 1))  # the last label is what is left
         whole = sum(1 / place for place in range(1, count + 1))
-        segments: list[tuple[list[int], float]] = [([id_of[order[0]]], 1 / whole)]
-        before = [0.0]
-        for place in range(1, count):
-            segments += [(separator, 0.0), ([id_of[order[place]]], 1 / (place + 1) / whole)]
-            before += [float(place)] * (len(separator) + 1)
+        parts = [((separator, 0.0), ([ids[n]], 1 / (n + 1) / whole)) for n in range(count)]
+        segments = [segment for part in parts for segment in part][1:]  # the first label follows the prompt at once
+        before = [float(n) for n in range(count) for _ in [*separator, ids[n]]][len(separator) :]
         examples.append(Example(prompt, segments, {EXAMPLE: [float(number)] * len(before), BEFORE: before}))
     return examples, Taught(ids_EN, logp_EN)
