@@ -53,15 +53,24 @@ class Boosted:
         logp_RN = self.judged(raw_RNC, there_RN, np.array([fold_of(user) for user in users]))
         return [row_N[there_N] for row_N, there_N in zip(logp_RN, there_RN, strict=True)]
 
-    def judged(self, raw_RNC: Floats, there_RN: NDArray[np.bool_], folds_R: NDArray[np.int64]) -> Floats:
-        """(R, N) log-probabilities of lists whose users are of the given folds; -inf where there is no candidate."""
+    def judged(self, raw_RNC: Floats, there_RN: NDArray[np.bool_], folds_R: NDArray[np.int64] | None = None) -> Floats:
+        """(R, N) log-probabilities of lists whose users are of the given folds; -inf where there is no candidate.
+
+        Without folds these are lists that taught none of the judges: all of them have a say, as much as each other.
+        """
         scores_RN = np.full(there_RN.shape, -np.inf)
-        for fold in np.unique(folds_R):
-            own = folds_R == fold
-            logit_RN, features_MF = _inputs(self.program, raw_RNC[own], there_RN[own], int(fold))
-            listwise_M = logit_RN[there_RN[own]] + np.mean([bag.predict(features_MF) for bag in self.bags[fold]], axis=0)
-            scores_RN[own[:, None] & there_RN] = (listwise_M + self.ranked[fold].predict(raw_RNC[own][there_RN[own]])) / 2
+        if folds_R is None:
+            scores_RN[there_RN] = np.mean([self._scores_M(raw_RNC, there_RN, fold) for fold in range(FOLDS)], axis=0)
+        else:
+            for fold in np.unique(folds_R):
+                own_R = folds_R == fold
+                scores_RN[own_R[:, None] & there_RN] = self._scores_M(raw_RNC[own_R], there_RN[own_R], int(fold))
         return np.asarray(scores_RN - np.logaddexp.reduce(scores_RN, axis=1, keepdims=True))
+
+    def _scores_M(self, raw_RNC: Floats, there_RN: NDArray[np.bool_], fold: int) -> Floats:
+        logit_RN, features_MF = _inputs(self.program, raw_RNC, there_RN, fold)
+        listwise_M = logit_RN[there_RN] + np.mean([bag.predict(features_MF) for bag in self.bags[fold]], axis=0)
+        return np.asarray(listwise_M + self.ranked[fold].predict(raw_RNC[there_RN])) / 2
 
 
 def boost(

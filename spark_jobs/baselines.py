@@ -5,8 +5,8 @@ Reads: `candidate_features`, `program_lists`, `candidates`. Writes: `baselines` 
     popularity   interactions of the fit                 transition   direct transitions from the last history item, then popularity
     lambdamart   LightGBM on the same evidence that the models read, and on the same lists, which count as they do for the program:
                  trained on split rerank, picked on valid, then for test trained on both
-    program      the evidence program with trees, LambdaMART's among them, which `distill` learns from (`distill.source: evidence`): fitted
-                 on other users' lists
+    program      the evidence program with trees, LambdaMART's among them, which `distill` learns from (`distill.source: evidence`): for
+                 valid as fitted on other users' lists, for test, whose lists taught nobody, all that were fitted
     oracle       the best order of the same candidates: the ceiling
 A rerun is harmless: all of it is seeded and replaced whole.
 
@@ -61,7 +61,8 @@ def run(cfg: Config, ctx: Context) -> Result:
         judge, detail["program"] = boosted(ctx)
         for name, rows in splits.items():
             of = padded(ctx, (name,)) if rows.num_rows else None
-            scores[name]["program"] = [np.zeros(0) if of is None else judge.judged(of.raw_RNC, of.there_RN, of.folds_R)[of.there_RN]]
+            folds_R = of.folds_R if of and name in TAUGHT else None
+            scores[name]["program"] = [np.zeros(0) if of is None else judge.judged(of.raw_RNC, of.there_RN, folds_R)[of.there_RN]]
     wanted = ("prerank", *cfg.evaluation.baselines)
     tables = [order_rows(rows, name, model, *scores[name][model]) for name, rows in splits.items() for model in wanted]
     published = publish(ctx, "baselines", frame_of(ctx, pa.concat_tables(tables)))

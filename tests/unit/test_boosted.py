@@ -54,6 +54,15 @@ def test_a_users_own_lists_teach_nothing_that_judges_them() -> None:
     np.testing.assert_array_equal(fitted(world, rounds=10).judged(*world[:2], world[3]), one.judged(*world[:2], world[3]))
 
 
+def test_of_lists_that_taught_nobody_every_fold_has_a_say() -> None:
+    world, new = crossed(200, seed=3), crossed(50, seed=5)
+    judge = fitted(world, rounds=10)
+    each = [judge.judged(*new[:2], np.full(50, fold)) for fold in range(FOLDS)]
+    assert not np.allclose(each[0], each[1])
+    mean_RN = np.mean(each, axis=0)
+    np.testing.assert_allclose(judge.judged(*new[:2]), mean_RN - np.logaddexp.reduce(mean_RN, axis=1, keepdims=True), atol=1e-12)
+
+
 def test_half_a_dozen_lists_are_enough_to_go_on_with() -> None:
     world = crossed(6, seed=3)
     assert np.isfinite(fitted(world).judged(*world[:2], world[3])).all()
