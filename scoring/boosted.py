@@ -60,14 +60,15 @@ class Boosted:
         """
         scores_RN = np.full(there_RN.shape, -np.inf)
         if folds_R is None:
-            scores_RN[there_RN] = np.mean([self._scores_M(raw_RNC, there_RN, fold) for fold in range(FOLDS)], axis=0)
+            scores_RN[there_RN] = np.mean([self._scores(raw_RNC, there_RN, fold) for fold in range(FOLDS)], axis=0)
         else:
             for fold in np.unique(folds_R):
                 own_R = folds_R == fold
-                scores_RN[own_R[:, None] & there_RN] = self._scores_M(raw_RNC[own_R], there_RN[own_R], int(fold))
+                scores_RN[own_R[:, None] & there_RN] = self._scores(raw_RNC[own_R], there_RN[own_R], int(fold))
         return np.asarray(scores_RN - np.logaddexp.reduce(scores_RN, axis=1, keepdims=True))
 
-    def _scores_M(self, raw_RNC: Floats, there_RN: NDArray[np.bool_], fold: int) -> Floats:
+    def _scores(self, raw_RNC: Floats, there_RN: NDArray[np.bool_], fold: int) -> Floats:
+        """(M,) of one fold's judge."""
         logit_RN, features_MF = _inputs(self.program, raw_RNC, there_RN, fold)
         listwise_M = logit_RN[there_RN] + np.mean([bag.predict(features_MF) for bag in self.bags[fold]], axis=0)
         return np.asarray(listwise_M + self.ranked[fold].predict(raw_RNC[there_RN])) / 2

@@ -60,9 +60,11 @@ def run(cfg: Config, ctx: Context) -> Result:
     if "program" in cfg.evaluation.baselines:
         judge, detail["program"] = boosted(ctx)
         for name, rows in splits.items():
-            of = padded(ctx, (name,)) if rows.num_rows else None
-            folds_R = of.folds_R if of and name in TAUGHT else None
-            scores[name]["program"] = [np.zeros(0) if of is None else judge.judged(of.raw_RNC, of.there_RN, folds_R)[of.there_RN]]
+            scores[name]["program"] = [np.zeros(0)]
+            if rows.num_rows:
+                of = padded(ctx, (name,))
+                logp_RN = judge.judged(of.raw_RNC, of.there_RN, of.folds_R if name in TAUGHT else None)
+                scores[name]["program"] = [logp_RN[of.there_RN]]
     wanted = ("prerank", *cfg.evaluation.baselines)
     tables = [order_rows(rows, name, model, *scores[name][model]) for name, rows in splits.items() for model in wanted]
     published = publish(ctx, "baselines", frame_of(ctx, pa.concat_tables(tables)))

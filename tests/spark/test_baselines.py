@@ -7,6 +7,7 @@ from rerank_world import learnable
 import schemas
 from gr2.errors import InputError
 from schemas.program_lists import TAUGHT
+from scoring.boosted import Boosted
 from scoring.evidence_engine import fold_of
 from spark_jobs import baselines
 from spark_jobs.program import LESSONS, boosted, fitted, padded
@@ -65,7 +66,10 @@ def test_the_program_is_a_baseline_where_it_is_asked_for(make_ctx, monkeypatch):
     monkeypatch.setattr("scoring.boosted.BAGS", 1)
     ctx = make_ctx(["evaluation.baselines=[program,random]"])
     requests = learnable(ctx)
+    by_all, judged = [], Boosted.judged
+    monkeypatch.setattr(Boosted, "judged", lambda self, *lists: by_all.append(lists[2] is None) or judged(self, *lists))
     result = baselines.run(ctx.cfg, ctx)
+    assert by_all == [False, True], "lists of valid have taught all judges but one, those of test none"
     first = {m: [] for m in ("program", "random")}
     for row in ctx.lake.read("baselines").to_pylist():
         if row["model"] in first:
