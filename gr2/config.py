@@ -19,19 +19,18 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from gr2 import PROJECT
 from gr2.errors import ConfigError
-from gr2.sections import FEWEST_DRILLED, Files, Name, Positive, Sasrec, Section, Share, Training
+from gr2.sections import FEWEST_DRILLED, Files, Name, Place, Positive, Sasrec, Section, Share, Training
 
 Modes = tuple[Literal["think", "direct", "score"], ...]
 Baseline = Literal["random", "popularity", "transition", "lambdamart", "program", "oracle"]
 COMPRESSORS = ("latents", "brief")  # not models of their own: what `rl` answers to a compressed context (METHOD 9)
-PLACE = r"^([a-z0-9]+://([\w-]+@)?[\w.-]*(:\d+)?)?(/[\w.=/-]*)?$"  # a folder or a URL, without a password
 
 
 class Paths(Section):
     """`root` holds everything that a run writes: tables, models, reports, logs. Nothing is written elsewhere, but for tables in `lake`."""
 
     root: Path = Path("var/demo")
-    lake: str = Field("", pattern=PLACE)  # where tables and their staging lie, if not under root: a URL that every node reaches
+    lake: Place = ""  # where tables and their staging lie, if not under root: a URL that every node reaches
 
 
 class Data(Section):
@@ -191,6 +190,21 @@ class Prompt(Section):
     max_answer_tokens: Positive = 40
 
 
+class Distill(Section):
+    """Reasoning distillation to the `score` mode (METHOD 10)."""
+
+    train: Training = Training(epochs=2, lr=5e-4)
+    source: Name = "evidence"  # the program that teaches the traces; or a model that an earlier build made, such as rl
+    start: Literal["midtrain", "sft", "rl"] = "midtrain"  # the others are an earlier build's, too
+    dropout: Share = 0.0
+    replicas: Positive = 2
+    thoughts: Positive = 1  # drawn for a prompt, and averaged; several at temperature 0 are one
+    temperature: float = Field(0.0, ge=0)
+    max_requests: int = Field(400, ge=0)  # seeded sample of split rerank; 0: all
+    places: Positive = 5  # of the source's order that are learned, each after those before it
+    later_weight: float = Field(1.0, gt=0)  # what a list counts in fitting the program, whose target came on a day after its history
+
+
 class Traces(Section):
     """Teacher samples (METHOD 6)."""
 
@@ -220,6 +234,7 @@ class SFT(Section):
 
     student: Training = Training(epochs=2, lr=8e-4)
     teacher: Training = Training(epochs=2, lr=6e-4)
+    start: Literal["midtrain", "fast"] = "midtrain"  # of the student; fast knows which candidate is better, and learns to say why
     reasoning_weight: float = Field(0.3, ge=0)
     answer_weight: float = Field(1.0, gt=0)
     modes: dict[Literal["think", "direct"], Share] = {"think": 0.6, "direct": 0.4}  # share of traces taught so; 1 and 1: each in both
@@ -278,21 +293,6 @@ class Latents(Section):
     brief: Training = Training(lr=0.1, max_steps=80, tokens_per_batch=32768, weight_decay=0.0)  # batch: of all drafts, at full length
     group: int = Field(8, ge=2)  # drafts of a prompt
     alpha: float = Field(0.2, ge=0.0, lt=1.0)  # of tokens saved in a draft's reward; the rest is the share of N@3 kept
-
-
-class Distill(Section):
-    """Reasoning distillation to the `score` mode (METHOD 10)."""
-
-    train: Training = Training(epochs=2, lr=5e-4)
-    source: Name = "rl"  # a model, or evidence: the program that teaches the traces, where it is the best there is
-    start: Literal["midtrain", "sft", "rl"] = "sft"
-    dropout: Share = 0.0
-    replicas: Positive = 2
-    thoughts: Positive = 1  # drawn for a prompt, and averaged; several at temperature 0 are one
-    temperature: float = Field(0.0, ge=0)
-    max_requests: int = Field(400, ge=0)  # seeded sample of split rerank; 0: all
-    places: Positive = 5  # of the source's order that are learned, each after those before it
-    later_weight: float = Field(1.0, gt=0)  # what a list counts in fitting the program, whose target came on a day after its history
 
 
 class Scoring(Section):
@@ -370,12 +370,12 @@ class Config(Section):
     sasrec: Sasrec = Sasrec()
     candidates: Candidates = Candidates()
     prompt: Prompt = Prompt()
+    distill: Distill = Distill()
     traces: Traces = Traces()
     sft: SFT = SFT()
     rl: RL = RL()
     opd: OPD = OPD()
     latents: Latents = Latents()
-    distill: Distill = Distill()
     scoring: Scoring = Scoring()
     evaluation: Evaluation = Evaluation()
     release: Release = Release()

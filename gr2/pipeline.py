@@ -108,6 +108,15 @@ STAGES = (
         flows=BOTH,
     ),
     Stage(
+        "distill_examples",
+        "spark_jobs.distill_examples",
+        ("distill", "prompt", "scoring"),
+        ("candidates", "candidate_features", "program_lists", "items", "semantic_ids"),
+        ("distill_examples",),
+        ("midtrain",),
+    ),
+    Stage("distill", "training.distill", ("distill", "models"), ("distill_examples",), (), ("midtrain",), ("fast",)),
+    Stage(
         "reasoning_traces",
         "spark_jobs.reasoning_traces",
         ("traces", "prompt"),
@@ -123,7 +132,9 @@ STAGES = (
         ("sft_examples",),
         ("midtrain",),
     ),
-    Stage("sft", "training.sft", ("sft", "models"), ("sft_examples",), (), ("midtrain", "midtrain-teacher"), ("sft", "sft-teacher")),
+    Stage(
+        "sft", "training.sft", ("sft", "models"), ("sft_examples",), (), ("midtrain", "fast", "midtrain-teacher"), ("sft", "sft-teacher")
+    ),
     Stage(
         "rl_prompts",
         "spark_jobs.rl_prompts",
@@ -145,15 +156,6 @@ STAGES = (
         ("latents", "brief"),
     ),
     Stage("item_latents", "spark_jobs.item_latents", ("latents",), ("items",), ("item_latents",), ("latents",)),
-    Stage(
-        "distill_examples",
-        "spark_jobs.distill_examples",
-        ("distill", "prompt", "scoring"),
-        ("candidates", "candidate_features", "program_lists", "items", "semantic_ids"),
-        ("distill_examples",),
-        ("midtrain", "sft", "rl", "opd", "opd+rl"),
-    ),
-    Stage("distill", "training.distill", ("distill", "models"), ("distill_examples",), (), ("midtrain", "sft", "rl"), ("fast",)),
     Stage(
         "rerank_scores",
         "spark_jobs.rerank_scores",

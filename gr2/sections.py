@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_+.-]*$")]
+Place = Annotated[str, Field(pattern=r"^([a-z0-9]+://([\w-]+@)?[\w.-]*(:\d+)?)?(/[\w.=/-]*)?$")]  # a folder or a URL, without a password
 FEWEST_DRILLED = 3  # candidates of a list that is made up to teach: with two there is nothing to compare but one pair
 
 

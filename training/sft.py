@@ -1,6 +1,7 @@
 """Stage `sft`: supervised fine-tuning on accepted traces, in both sizes (METHOD 7; GR2, arXiv 2602.07774).
 
-Reads `sft_examples` (in the order of `ordinal`) and the models `midtrain`, `midtrain-teacher`.
+Reads `sft_examples` (in the order of `ordinal`) and the models `sft.start` (`midtrain`, or `fast`, which knows already which candidate
+is better and has to learn to say why) and `midtrain-teacher`.
 Writes the models `sft` and `sft-teacher`: Hugging Face folders with metrics.jsonl (a line a step) and manifest.json.
 A rerun is harmless: rows, batches and dropout are seeded, a model is published whole by one rename, and equal weights keep their hash. A
 killed run goes on from its last checkpoint, where `sft.*.checkpoint_every` asks for some.
@@ -34,7 +35,7 @@ LENGTH = 2.0  # of a row drawn anew, relative to the median of the others
 def run(cfg: Config, ctx: Context) -> Result:
     """Trains the student, then the teacher if any. Raises MissingInputError, InputError (no examples, or one longer than a row)."""
     result = Result()
-    sizes = (("sft", "midtrain", cfg.sft.student), ("sft-teacher", "midtrain-teacher", cfg.sft.teacher))
+    sizes = (("sft", cfg.sft.start, cfg.sft.student), ("sft-teacher", "midtrain-teacher", cfg.sft.teacher))
     for name, start, settings in sizes if cfg.models.teacher else sizes[:1]:
         table = windows(cfg, ctx, settings)
         result.rows_in = table.total
