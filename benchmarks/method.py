@@ -26,6 +26,7 @@ from gr2.artifacts import resolve
 
 REFERENCE = "reference"
 BASE = (
+    "sft.start=midtrain",  # what SFT, traces and evidence lines do is asked of a model that knows items alone
     "sft.student.optimizer=muon", "sft.student.zero_stage=0", "sft.student.lr=4.0e-3",
     "sft.student.max_steps=2000", "sft.student.tokens_per_batch=4352",
     "rl.student.max_steps=40", "opd.train.max_steps=20", "opd.train.tokens_per_batch=8192",

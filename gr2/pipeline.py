@@ -242,13 +242,19 @@ def fingerprint(stage: Stage, cfg: Config, ctx: Context) -> str:
         **settings_of(stage, cfg),
         "date": str(ctx.date),
         "tables": tables,
-        "models": {m: _current(ctx, m) for m in stage.uses},
+        "models": {m: _current(ctx, m) for m in (*stage.uses, *earlier(stage, cfg))},
     }
     if "simulator" in stage.sections:  # it reads raw files
         parts["raw"] = _raw_listing(ctx)
     if stage.bears_run:
         parts["run"] = ctx.run_id
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def earlier(stage: Stage, cfg: Config) -> set[str]:
+    """Models that a stage is told to read and that stages after it make: an earlier build's."""
+    told = {"distill_examples": {cfg.distill.source, cfg.distill.start}, "distill": {cfg.distill.start}}
+    return told.get(stage.name, set()) - {"evidence", "midtrain"}
 
 
 def settings_of(stage: Stage, cfg: Config) -> dict[str, str]:

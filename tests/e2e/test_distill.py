@@ -44,7 +44,7 @@ def test_fast_learns_order_and_log_probabilities(make_ctx):
     ctx = make_ctx(
         ["distill.train.max_steps=25", "distill.train.lr=5e-3", "distill.train.tokens_per_batch=2048", "distill.train.precision=fp32"]
     )
-    tokenizer = tiny.model_named(ctx, "rl")
+    tokenizer = tiny.model_named(ctx, "midtrain")
     table = rows(tokenizer, 40)
     tiny.put(ctx, "distill_examples", table)
     distill.run(ctx.cfg, ctx)
@@ -62,13 +62,13 @@ def test_fast_learns_order_and_log_probabilities(make_ctx):
 
 def test_it_starts_where_the_profile_says(make_ctx):
     ctx = make_ctx(["distill.train.max_steps=1", "distill.start=sft"])
-    tokenizer = tiny.model_named(ctx, "sft", "rl")
+    tokenizer = tiny.model_named(ctx, "sft")
     tiny.put(ctx, "distill_examples", rows(tokenizer, 8))
     distill.run(ctx.cfg, ctx)
     assert ctx.model("fast").manifest["inputs"]["models"] == {"sft": ctx.model("sft").hash}
     early = make_ctx(["distill.train.max_steps=1", "distill.start=midtrain"])
     with artifacts.publish_folder(ctx.root, "midtrain", {"unread": [5, 9]}) as folder:
-        model, _ = load(ctx.model("rl").path)
+        model, _ = load(ctx.model("sft").path)
         before = model.get_input_embeddings().weight.detach().clone()
         save(model, tokenizer, folder)
     distill.run(early.cfg, ctx)
@@ -101,7 +101,7 @@ def test_the_loss_of_a_batch_is_the_mean_over_lists_of_any_length_of_what_each_p
 
 
 def test_empty_and_broken_examples_are_refused(ctx):
-    tokenizer = tiny.model_named(ctx, "rl")
+    tokenizer = tiny.model_named(ctx, "midtrain")
     tiny.put(ctx, "distill_examples", [])
     with pytest.raises(InputError, match="empty"):
         distill.run(ctx.cfg, ctx)

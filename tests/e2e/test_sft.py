@@ -48,6 +48,18 @@ def test_sft_learns_the_format_and_a_rerun_gives_the_same_model(make_ctx):
     assert longer.model("sft-teacher").hash != teacher
 
 
+def test_the_student_starts_where_the_profile_says_and_the_teacher_from_midtraining(make_ctx):
+    ctx = make_ctx(["sft.start=fast", "sft.student.max_steps=1", "sft.teacher.max_steps=1"])
+    tokenizer = tiny.model_named(ctx, "midtrain", "midtrain-teacher")
+    tiny.model_named(ctx, "fast", seed=2)
+    tiny.put(ctx, "sft_examples", tiny.sft_rows(tokenizer, 8))
+    sft.run(ctx.cfg, ctx)
+    started = {name: ctx.model(name).manifest["inputs"]["models"] for name in ("sft", "sft-teacher")}
+    assert started == {"sft": {"fast": ctx.model("fast").hash}, "sft-teacher": {"midtrain-teacher": ctx.model("midtrain-teacher").hash}}
+    fast, trained = (load(ctx.model(name).path)[0].get_input_embeddings().weight for name in ("fast", "sft"))
+    assert (fast - trained).norm() < 0.1 * fast.norm(), "one step away from where it started"
+
+
 def test_a_table_larger_than_the_window_is_learned_too(make_ctx):
     ctx = make_ctx([*QUICK, "sft.window_examples=72", "sft.student.max_steps=40"])
     rows = [

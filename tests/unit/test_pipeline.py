@@ -37,6 +37,21 @@ def test_fingerprint_follows_settings_and_inputs_of_the_stage_alone(ctx):
     assert pipeline.fingerprint(stage, changed, ctx) != before
 
 
+def test_a_model_of_an_earlier_build_counts_for_the_stages_that_are_told_to_read_it(ctx, monkeypatch):
+    def prints(source: str) -> list[str]:
+        cfg = load("demo", [f"paths.root={ctx.root}", f"distill.source={source}", "distill.start=sft"])
+        return [pipeline.fingerprint(pipeline.get(name), cfg, ctx) for name in ("distill_examples", "distill")]
+
+    hashes = {"rl": "a", "sft": "a"}
+    monkeypatch.setattr(pipeline, "_current", lambda ctx, model: hashes.get(model))
+    before = prints("rl"), prints("evidence")
+    hashes["rl"] = "b"
+    after = prints("rl"), prints("evidence")
+    assert [[x == y for x, y in zip(b, a, strict=True)] for b, a in zip(before, after, strict=True)] == [[False, True], [True, True]]
+    hashes["sft"] = "b"
+    assert not set(prints("rl")) & set(after[0])
+
+
 def test_code_hash_covers_what_a_stage_imports():
     hashes = {s.name: pipeline.code_hash(s.module) for s in pipeline.STAGES}
     assert len(set(hashes.values())) == len(hashes), "two stages hash alike: their modules were not read"
