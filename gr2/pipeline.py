@@ -253,7 +253,7 @@ def fingerprint(stage: Stage, cfg: Config, ctx: Context) -> str:
 
 def earlier(stage: Stage, cfg: Config) -> set[str]:
     """Models that a stage is told to read and that stages after it make: an earlier build's."""
-    told = {"distill_examples": {cfg.distill.source, cfg.distill.start}, "distill": {cfg.distill.start}}
+    told: dict[str, set[str]] = {"distill_examples": {cfg.distill.source, cfg.distill.start}, "distill": {cfg.distill.start}}
     return told.get(stage.name, set()) - {"evidence", "midtrain"}
 
 

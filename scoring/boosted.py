@@ -12,7 +12,7 @@ Shapes: R lists, N candidates of the longest, C raw columns, F features of trees
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +34,11 @@ TREES = {**BOTH, "num_leaves": 7, "bagging_fraction": 0.6, "bagging_freq": 1, "f
 RANKED = {**BOTH, "objective": "lambdarank", "num_leaves": 15}
 
 
+def settings() -> tuple[Any, ...]:
+    """What decides the trees beside lists and seed."""
+    return NAME, BAGS, ROUNDS, RANKED_ROUNDS, TREES, RANKED
+
+
 @dataclass(frozen=True, eq=False)
 class Boosted:
     """The program, and for each fold of users its bags of trees."""
@@ -41,6 +46,21 @@ class Boosted:
     program: Program
     bags: Sequence[Sequence[Any]]  # lightgbm.Booster, as the next
     ranked: Sequence[Any]  # LambdaMART
+
+    def texts(self) -> dict[str, Any]:
+        """The trees in LightGBM's own words, exact to the last digit: what JSON can keep."""
+        return {
+            "bags": [[bag.model_to_string() for bag in bags] for bags in self.bags],
+            "ranked": [own.model_to_string() for own in self.ranked],
+        }
+
+    @classmethod
+    def told(cls, program: Program, texts: Mapping[str, Any]) -> "Boosted":
+        """The judge whose `texts` these are."""
+        from lightgbm import Booster
+
+        bags = [[Booster(model_str=text) for text in bags] for bags in texts["bags"]]
+        return cls(program, bags, [Booster(model_str=text) for text in texts["ranked"]])
 
     def log_probabilities(self, lists: Sequence[Sequence[Candidate]], users: Sequence[str]) -> list[Floats]:
         """(N,) for each list: log-probability of each candidate to be chosen, as the user's fold has it."""

@@ -5,6 +5,7 @@ judge, name = boosted(ctx)
 """
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,6 +13,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from gr2.artifacts import write_whole
 from gr2.context import Context
 from gr2.errors import EngineError, MissingInputError
 from schemas.program_lists import TAUGHT
@@ -48,13 +50,21 @@ def fitted(ctx: Context) -> tuple[Program, str]:
 def boosted(ctx: Context) -> tuple[trees.Boosted, str]:
     """The program with trees, and its name: it is to rank what comes on a later day (`distill.later_weight`). Raises as `fitted` does.
 
-    It learns from what was chosen in the valid period too: only the test period judges it.
+    It learns from what was chosen in the valid period too: only the test period judges it. What two stages ask for is fitted once, and
+    kept under work/ for equal lists, seed and settings.
     """
     of = padded(ctx, TAUGHT, LESSONS)
     count_R1 = np.where(of.slices_R == "later_day", ctx.cfg.distill.later_weight, 1.0)[:, None]
     of = replace(of, weights_RN=of.weights_RN * count_R1)
-    judge = trees.boost(_program(of), of.raw_RNC, of.there_RN, of.grades_RN, of.folds_R, ctx.cfg.seed, of.weights_RN)
-    return judge, f"{NAME}+{trees.NAME}@{of.content[:8]}"
+    name, program = f"{NAME}+{trees.NAME}@{of.content[:8]}", _program(of)
+    key = repr((NAME, of.content, ctx.cfg.seed, *trees.settings()))
+    kept = ctx.work("program") / "trees.json"
+    found = json.loads(kept.read_text()) if kept.exists() else {}
+    if found.get("of") == key:
+        return trees.Boosted.told(program, found["trees"]), name
+    judge = trees.boost(program, of.raw_RNC, of.there_RN, of.grades_RN, of.folds_R, ctx.cfg.seed, of.weights_RN)
+    write_whole(kept, json.dumps({"of": key, "trees": judge.texts()}))
+    return judge, name
 
 
 def _program(of: Lists) -> Program:

@@ -7,6 +7,7 @@ from rerank_world import learnable
 import schemas
 from gr2.errors import InputError
 from schemas.program_lists import TAUGHT
+from scoring import boosted as trees
 from scoring.boosted import Boosted
 from scoring.evidence_engine import fold_of
 from spark_jobs import baselines
@@ -97,6 +98,22 @@ def test_no_list_of_a_user_teaches_what_judges_that_user(ctx, monkeypatch):
     told, again = (judge.judged(of.raw_RNC, of.there_RN, of.folds_R) for judge in (before, after))
     np.testing.assert_array_equal(told[own], again[own])
     assert not np.array_equal(told[~own], again[~own])
+
+
+def test_two_stages_ask_for_one_fit_and_other_lists_or_seeds_for_another(make_ctx, monkeypatch):
+    monkeypatch.setattr("scoring.boosted.BAGS", 1)
+    fits, boost = [], trees.boost
+    monkeypatch.setattr("scoring.boosted.boost", lambda *told: fits.append(1) or boost(*told))
+    learnable(ctx := make_ctx())
+    of = padded(ctx, ("test",))
+    (judge, name), (again, other) = boosted(ctx), boosted(ctx)
+    assert (len(fits), other) == (1, name)
+    np.testing.assert_array_equal(again.judged(of.raw_RNC, of.there_RN), judge.judged(of.raw_RNC, of.there_RN))
+    for changes in (["seed=14"], ["distill.later_weight=3"]):
+        boosted(make_ctx(changes))
+    monkeypatch.setattr("scoring.boosted.ROUNDS", 30)
+    boosted(ctx)
+    assert len(fits) == 4
 
 
 def test_what_came_on_a_later_day_can_count_more_for_the_program(make_ctx, monkeypatch):

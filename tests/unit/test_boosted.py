@@ -1,5 +1,7 @@
 """The trees on the evidence program: they learn what a sum cannot say, give probabilities, and keep a user's own lists out."""
 
+import json
+
 import numpy as np
 import pytest
 from test_evidence_engine import COLUMNS, lists, view_of
@@ -52,6 +54,14 @@ def test_a_users_own_lists_teach_nothing_that_judges_them() -> None:
         folds = np.full(200, fold)
         assert np.array_equal(one.judged(*world[:2], folds), other.judged(*world[:2], folds)) is same
     np.testing.assert_array_equal(fitted(world, rounds=10).judged(*world[:2], world[3]), one.judged(*world[:2], world[3]))
+
+
+def test_what_json_keeps_judges_to_the_last_digit_as_what_was_fitted() -> None:
+    world, new = crossed(200, seed=3), crossed(50, seed=5)
+    judge = fitted(world, rounds=10)
+    again = Boosted.told(judge.program, json.loads(json.dumps(judge.texts())))
+    for folds in (new[3], None):
+        np.testing.assert_array_equal(again.judged(*new[:2], folds), judge.judged(*new[:2], folds))
 
 
 def test_of_lists_that_taught_nobody_every_fold_has_a_say() -> None:
