@@ -34,11 +34,6 @@ TREES = {**BOTH, "num_leaves": 7, "bagging_fraction": 0.6, "bagging_freq": 1, "f
 RANKED = {**BOTH, "objective": "lambdarank", "num_leaves": 15}
 
 
-def settings() -> tuple[Any, ...]:
-    """What decides the trees beside lists and seed."""
-    return NAME, BAGS, ROUNDS, RANKED_ROUNDS, TREES, RANKED
-
-
 @dataclass(frozen=True, eq=False)
 class Boosted:
     """The program, and for each fold of users its bags of trees."""

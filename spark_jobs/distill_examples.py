@@ -1,8 +1,8 @@
 """Stage `distill_examples`: what the best model makes of the re-ranker's own requests, to be imitated without thinking (METHOD 10).
 
 Reads `candidates`, `candidate_features`, `items`, `semantic_ids` (split `rerank`, at most `distill.max_requests`: no label is needed) and
-the model `distill.source`, or `evidence`: the program that teaches the traces. Writes `distill_examples` (one request and replica; key
-example_id).
+`distill.source`: `evidence`, the program that teaches the traces, or a model of an earlier build. Writes
+`distill_examples` (one request and replica; key example_id).
 A model thinks first, `distill.thoughts` times. Its order is the mean place over the answers it gives, its label probabilities the mean
 of those at the first answer position, after each thought: one thought is all but sure of its leader, several tell how sure the source is.
 Where no answer parses, it is asked in `score` mode instead: the row's `source_mode` says so. The program has trees here that go on from

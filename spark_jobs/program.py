@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from gr2.artifacts import write_whole
 from gr2.context import Context
 from gr2.errors import EngineError, MissingInputError
+from gr2.pipeline import code_hash
 from schemas.program_lists import TAUGHT
 from scoring import boosted as trees
 from scoring.evidence_engine import NAME, Floats, Program, columns_of, fit, fold_of
@@ -51,13 +52,13 @@ def boosted(ctx: Context) -> tuple[trees.Boosted, str]:
     """The program with trees, and its name: it is to rank what comes on a later day (`distill.later_weight`). Raises as `fitted` does.
 
     It learns from what was chosen in the valid period too: only the test period judges it. What two stages ask for is fitted once, and
-    kept under work/ for equal lists, seed and settings.
+    kept under work/ for equal lists, seed and code.
     """
     of = padded(ctx, TAUGHT, LESSONS)
     count_R1 = np.where(of.slices_R == "later_day", ctx.cfg.distill.later_weight, 1.0)[:, None]
     of = replace(of, weights_RN=of.weights_RN * count_R1)
     name, program = f"{NAME}+{trees.NAME}@{of.content[:8]}", _program(of)
-    key = repr((NAME, of.content, ctx.cfg.seed, *trees.settings()))
+    key = [of.content, ctx.cfg.seed, code_hash(trees.__name__)]
     kept = ctx.work("program") / "trees.json"
     found = json.loads(kept.read_text()) if kept.exists() else {}
     if found.get("of") == key:

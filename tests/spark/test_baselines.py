@@ -100,7 +100,7 @@ def test_no_list_of_a_user_teaches_what_judges_that_user(ctx, monkeypatch):
     assert not np.array_equal(told[~own], again[~own])
 
 
-def test_two_stages_ask_for_one_fit_and_other_lists_or_seeds_for_another(make_ctx, monkeypatch):
+def test_two_stages_ask_for_one_fit_and_other_weights_seeds_or_code_for_another(make_ctx, monkeypatch):
     monkeypatch.setattr("scoring.boosted.BAGS", 1)
     fits, boost = [], trees.boost
     monkeypatch.setattr("scoring.boosted.boost", lambda *told: fits.append(1) or boost(*told))
@@ -111,7 +111,7 @@ def test_two_stages_ask_for_one_fit_and_other_lists_or_seeds_for_another(make_ct
     np.testing.assert_array_equal(again.judged(of.raw_RNC, of.there_RN), judge.judged(of.raw_RNC, of.there_RN))
     for changes in (["seed=14"], ["distill.later_weight=3"]):
         boosted(make_ctx(changes))
-    monkeypatch.setattr("scoring.boosted.ROUNDS", 30)
+    monkeypatch.setattr("spark_jobs.program.code_hash", lambda *modules: "of other code")
     boosted(ctx)
     assert len(fits) == 4
 
