@@ -28,6 +28,7 @@ SMALL = [
     "rl.student.max_steps=2", "rl.teacher.max_steps=2", "rl.prompts_per_step=4", "rl.group=4",
     "rl.max_refills=0", "rl.validate_requests=8", "opd.train.max_steps=2", "latents.train.max_steps=5",
     "latents.brief.max_steps=2", "distill.train.max_steps=5", "distill.max_requests=20",
+    "distill.train.row_tokens=640", "distill.train.processes=1",
     "scoring.audit_requests=4", "scoring.miss_sample=5", "evaluation.bootstrap=100",
 ]  # fmt: skip
 
