@@ -4,7 +4,7 @@ from schemas.base import DOUBLE, INT, STRING, Column, Table
 
 TABLE = Table(
     name="candidate_features",
-    version="2.1",
+    version="2.2",
     grain="one candidate of one request",
     key=("request_id", "item_id"),
     partition_by=("split", "night"),
@@ -31,6 +31,7 @@ TABLE = Table(
         Column("text_similarity_max", DOUBLE, "the same, largest over the history"),
         Column("price_ratio", DOUBLE, "price over the mean price of the history; 1 where unknown"),
         Column("days_since_seen", DOUBLE, "days from the item's last fitted interaction to the request; -1 where none"),
+        Column("days_since_last", INT, "days from the user's last item to the request, 0: on its day; null without history", nullable=True),
         Column("grade", INT, "relevance, as in candidates: a label, never a feature"),
         Column("grade_weight", DOUBLE, "what the grade counts, as in candidates: no feature either", nullable=True),
         Column("night", STRING, "partition: as in candidates"),

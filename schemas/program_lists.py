@@ -10,7 +10,7 @@ SPLIT = Column("split", STRING, "as in candidates: what was chosen before the te
 TABLE = replace(
     candidate_features.TABLE,
     name="program_lists",
-    version="1.0",
+    version="1.1",
     grain="one of the first candidates.depth candidates of a request that has something relevant among them",
     columns=tuple(SPLIT if column.name == "split" else column for column in candidate_features.TABLE.columns),
 )

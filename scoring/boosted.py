@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from gr2.prompts import Candidate
 from scoring.evidence_engine import FOLDS, Floats, Program, columns_of, fold_of, raw_of, shares
 
-NAME = "trees:2"
+NAME = "trees:3"
 BAGS, ROUNDS, RANKED_ROUNDS = 4, 400, 200
 # Chosen by cross-validation on Beauty's lists of rerank and valid (docs/log.md).
 BOTH = {
@@ -138,6 +138,7 @@ def listwise(share_M: Floats, sizes_R: NDArray[np.int64]) -> Callable[[Floats, A
 
 
 def _inputs(program: Program, raw_RNC: Floats, there_RN: NDArray[np.bool_], fold: int) -> tuple[Floats, Floats]:
-    """(R, N) scores of the logit, (M, F) what trees read: the raw columns and the program's features."""
+    """(R, N) scores of the logit, (M, F) what trees read: the raw columns and the program's features, of which they tell days apart."""
     standard_RNF = program.standard(raw_RNC, there_RN)
-    return standard_RNF @ program.weights_KF[fold], np.concatenate([raw_RNC, standard_RNF], axis=2)[there_RN]
+    once_RNF = standard_RNF[:, :, : standard_RNF.shape[2] // 2]
+    return standard_RNF @ program.weights_KF[fold], np.concatenate([raw_RNC, once_RNF], axis=2)[there_RN]

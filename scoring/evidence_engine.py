@@ -1,6 +1,6 @@
 """The evidence teacher: a program, not a language model. It picks by the evidence tables; its rationale follows from its ranking.
 
-It says what it is everywhere: its name is `evidence:4`. Who comes first is a draw from a conditional logit (McFadden 1974): the largest
+It says what it is everywhere: its name is `evidence:5`. Who comes first is a draw from a conditional logit (McFadden 1974): the largest
 of score = w . features + temperature * Gumbel. The weights are fitted on the re-ranker's own training lists in folds of users, so that
 no list of a user taught the weights which rank that user's lists. Trees that go on from its scores are in `scoring.boosted`.
 
@@ -22,7 +22,7 @@ from gr2.prompts import Candidate, Template, compose_thought, format_answer, for
 from scoring.engine import Answer, Ask, failed
 
 Floats = NDArray[np.float64]
-NAME = "evidence:4"
+NAME = "evidence:5"
 FOLDS = 5
 RIDGE = 100.0  # of the standardised weights, against the sum over lists
 BOOST = 8.0  # of the target's score in the targeted mode: it nearly always comes first
@@ -48,7 +48,7 @@ NEED, PATTERN = ("next", "pair", "ever", "lift", "days", "like"), ("brand", "kin
 
 def columns_of() -> tuple[str, ...]:
     """Columns of `candidate_features` that the program reads; `design` leaves the prior's score to the trees."""
-    of_item = ("pair_gap_days", "recent", "popularity", "price_ratio", "days_since_seen")
+    of_item = ("pair_gap_days", "recent", "popularity", "price_ratio", "days_since_seen", "days_since_last")
     return ("incoming_rank", "prior_score", "prior_gap", *COUNTS, *DEGREES, *of_item)
 
 
@@ -56,6 +56,8 @@ def design(raw_RNC: Floats, there_RN: NDArray[np.bool_]) -> tuple[Floats, list[s
     """(R, N, F) features of lists from raw columns (`columns_of`), and for each the name under which a rationale cites it ("" for none).
 
     NaN, what is unknown, counts as zero. Besides values there are steps, and places within the list: a ranking is about differences.
+    All of them come a second time for requests of a later day than the user's last item, and are zero on its day: what is put in one
+    basket and what is come back for have little in common (docs/log.md).
     """
     raw = dict(zip(columns_of(), np.moveaxis(np.nan_to_num(raw_RNC), 2, 0), strict=True))
     parts: list[tuple[Floats, str]] = []
@@ -76,7 +78,8 @@ def design(raw_RNC: Floats, there_RN: NDArray[np.bool_]) -> tuple[Floats, list[s
         parts += [((value_RN >= step).astype(np.float64), cited) for step in STEPS.get(name, (1e-9,) if name in COUNTS else ())]
     parts += [(np.abs(np.log(np.maximum(raw["price_ratio"], 1e-3))), "")]
     parts += [(np.log1p(np.maximum(age_RN, 0.0)), ""), ((age_RN < 0).astype(np.float64), "")]
-    return np.stack([values for values, _ in parts], axis=2), [cited for _, cited in parts]
+    features_RNF, cited_F = np.stack([values for values, _ in parts], axis=2), [cited for _, cited in parts]
+    return np.concatenate([features_RNF, features_RNF * (raw["days_since_last"] >= 1)[:, :, None]], axis=2), cited_F * 2
 
 
 def _above(values_RN: Floats, there_RN: NDArray[np.bool_]) -> Floats:

@@ -34,6 +34,7 @@ from spark_jobs.session import frame_of
 FEATURES = (
     "incoming_rank", "prior_score", "prior_gap", "popularity", "recent", "pair_last", "pair_next", "pair_max", "pair_sum", "lift_max",
     "pair_gap_days", "same_brand", "category_overlap", "text_similarity", "text_similarity_max", "price_ratio", "days_since_seen",
+    "days_since_last",
 )  # fmt: skip
 GRID: tuple[dict[str, Any], ...] = tuple(
     {"num_leaves": leaves, "min_data_in_leaf": least, "learning_rate": rate, "lambda_l2": ridge}

@@ -19,7 +19,10 @@ from gr2.context import Context
 from spark_jobs.session import read
 
 LOOKBACK = 20  # history items, latest first, that evidence is looked up for
-REQUEST = ("request_id", "split", "night", "fit", "as_of", "item_id", "incoming_rank", "prior_score", "prior_gap", "grade", "grade_weight")
+REQUEST = (
+    "request_id", "split", "night", "fit", "as_of", "days_since_last", "item_id", "incoming_rank", "prior_score", "prior_gap", "grade",
+    "grade_weight",
+)  # fmt: skip
 
 
 def with_features(ctx: Context, candidates: DataFrame, pairs: DataFrame | None = None, stats: DataFrame | None = None) -> DataFrame:
@@ -57,6 +60,7 @@ def cross(candidates: DataFrame) -> DataFrame:
         "night",
         "fit",
         "as_of",
+        F.try_element_at("history_days", F.lit(-1)).alias("days_since_last"),
         F.slice(F.reverse("history_ids"), 1, LOOKBACK).alias("history"),
         F.get("prior_scores", F.lit(0)).cast("double").alias("first_score"),
         F.posexplode(F.arrays_zip("candidate_ids", "prior_scores", "grades", F.coalesce("weights", F.array()).alias("weights"))).alias(
@@ -69,6 +73,7 @@ def cross(candidates: DataFrame) -> DataFrame:
         "night",
         "fit",
         "as_of",
+        "days_since_last",
         F.col("candidate.candidate_ids").alias("item_id"),
         (F.col("place") + 1).alias("incoming_rank"),
         F.col("candidate.prior_scores").cast("double").alias("prior_score"),

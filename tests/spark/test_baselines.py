@@ -76,7 +76,7 @@ def test_the_program_is_a_baseline_where_it_is_asked_for(make_ctx, monkeypatch):
         if row["model"] in first:
             first[row["model"]].append(row["new_order"][0] == requests[row["request_id"]]["target_id"])
     assert np.mean(first["program"]) > np.mean(first["random"]) + 0.2
-    assert result.detail["program"].startswith("evidence:4+trees:2@")
+    assert result.detail["program"].startswith("evidence:5+trees:3@")
 
 
 def test_no_list_of_a_user_teaches_what_judges_that_user(ctx, monkeypatch):

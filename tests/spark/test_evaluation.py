@@ -13,7 +13,7 @@ from gr2.config import Config, load
 from gr2.context import Context
 from gr2.errors import AuditError, MissingInputError
 from gr2.pipeline import write_record
-from spark_jobs import baselines, evaluation
+from spark_jobs import baselines, evaluation, release
 from tests.tables import put
 
 pytestmark = pytest.mark.spark
@@ -125,15 +125,22 @@ def test_figures_intervals_audits_and_rerun(small):
 
 
 def check_wavering(cfg: Config) -> None:
-    """Orders that depend on places are not released, but told, in the report too: the figures are right."""
+    """Orders that depend on places are not released, but told, in the report too: the figures are right. What is only compared may waver."""
     small = ("candidates.n=10", "evaluation.bootstrap=200", "data.protocol=leave_one_out")
     settings = [f"paths.root={cfg.paths.root}", *small, "evaluation.min_tau=0.5"]
-    ctx = Context(load("demo", settings))
+    wavers, stands = ([*settings, f"scoring.live={{{name}: [think]}}"] for name in ("sft", "rl"))
+    ctx = Context(load("demo", wavers))
     evaluation.run(ctx.cfg, ctx)
-    with pytest.raises(AuditError, match=r"not promoted: .*position"):
-        cli.run("demo", None, "release", "report", False, settings)
+    with pytest.raises(AuditError, match=r"not promoted: .*position.*sft/think/tau"):
+        cli.run("demo", None, "release", "report", False, wavers)
     assert "sft" in (ctx.root / "reports" / "index.html").read_text()
     assert not ctx.lake.exists("releases")
+
+    ctx = Context(load("demo", stands))
+    evaluation.run(ctx.cfg, ctx)
+    assert ctx.lake.read("audits", run_id=ctx.run_id, passed=False)["subject"].to_pylist() == ["sft/think/tau"]
+    release.run(ctx.cfg, ctx)
+    assert ctx.lake.read("releases")["status"].to_pylist() == ["promoted"]
 
 
 def check_stale_baselines(ctx: Context) -> None:

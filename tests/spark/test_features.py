@@ -50,6 +50,7 @@ def expected(request: dict, place: int, tables: dict[str, dict]) -> dict[str, An
         "text_similarity_max": max(cosines, default=0.0),
         "price_ratio": item["price"] / np.mean(prices) if prices and item["price"] is not None else 1.0,
         "days_since_seen": (request["as_of"] - stats["last_date"]).days if stats else -1.0,
+        "days_since_last": request["history_days"][-1] if request["history_days"] else None,
         "grade": request["grades"][place],
         "grade_weight": request["weights"][place] if request.get("weights") else None,
     }

@@ -67,11 +67,33 @@ def test_days_between_paired_choices_count_where_there_is_a_pair() -> None:
     raw_RNC[0, :, COLUMNS.index("pair_max")] = [2.0, 2.0, 0.0]
     raw_RNC[0, :, COLUMNS.index("pair_gap_days")] = [0.0, 9.0, np.nan]
     features_RNF, cited = design(raw_RNC, there_RN)
-    days_NF = features_RNF[0][:, [name == "days" for name in cited]]
+    once = len(cited) // 2
+    days_NF = features_RNF[0][:, [name == "days" for name in cited[:once]] + [False] * once]
     long, near, above, largest, *steps = days_NF.T.tolist()
     assert (long, near) == (pytest.approx([0.0, np.log(10), 0.0]), pytest.approx([1.0, 0.1, 0.0])), "no pair: as far as can be"
     assert (above, largest) == (pytest.approx([2 / 3, 1 / 3, 0.0]), [1.0, 0.0, 0.0])
     assert steps == [[1, 1, 0], [1, 1, 0], [1, 0, 0], [1, 0, 0], [1, 0, 0]], "at most half a year, a month, a week, two days, none"
+
+
+def test_evidence_weighs_otherwise_on_a_later_day() -> None:
+    raw_RNC, there_RN, grades_RN, folds_R = lists(600, seed=6)
+    days = np.arange(600) % 3  # 0: on the day of the last item; then transitions tell, later what sells of late
+    raw_RNC[:, :, COLUMNS.index("days_since_last")] = days[:, None]
+    features_RNF, cited = design(raw_RNC, there_RN)
+    once_RNF, again_RNF = np.split(features_RNF, 2, axis=2)
+    assert cited[: len(cited) // 2] == cited[len(cited) // 2 :]
+    np.testing.assert_array_equal(again_RNF, once_RNF * (days > 0)[:, None, None])
+
+    told_RN = (
+        raw_RNC[:, :, COLUMNS.index("recent")] * (days > 0)[:, None] * 2
+        + np.log1p(raw_RNC[:, :, COLUMNS.index("pair_next")]) * (days == 0)[:, None] * 2
+    )
+    grades_RN = (told_RN == told_RN.max(axis=1, keepdims=True)).astype(float)
+    hits = {}
+    for name, seen_RNC in (("told", raw_RNC), ("not told", raw_RNC * (np.array(COLUMNS) != "days_since_last"))):
+        program = fit(seen_RNC, there_RN, grades_RN, folds_R)
+        hits[name] = np.mean([program.scores(raw_NC, 0)[0].argmax() == g.argmax() for raw_NC, g in zip(seen_RNC, grades_RN, strict=True)])
+    assert hits["told"] > hits["not told"] + 0.1, hits
 
 
 def first_share(engine: EvidenceEngine, raw: np.ndarray, grades: np.ndarray, **how: float) -> float:
