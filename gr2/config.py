@@ -202,7 +202,6 @@ class Distill(Section):
     temperature: float = Field(0.0, ge=0)
     max_requests: int = Field(400, ge=0)  # seeded sample of split rerank; 0: all
     places: Positive = 5  # of the source's order that are learned, each after those before it
-    later_weight: float = Field(1.0, gt=0)  # what a list counts in fitting the program, whose target came on a day after its history
 
 
 class Traces(Section):

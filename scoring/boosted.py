@@ -43,17 +43,19 @@ class Boosted:
     ranked: Sequence[Any]  # LambdaMART
 
     def texts(self) -> dict[str, Any]:
-        """The trees in LightGBM's own words, exact to the last digit: what JSON can keep."""
+        """Weights, and the trees in LightGBM's own words, exact to the last digit: what JSON can keep."""
         return {
+            "program": {name: value.tolist() for name, value in vars(self.program).items()},
             "bags": [[bag.model_to_string() for bag in bags] for bags in self.bags],
             "ranked": [own.model_to_string() for own in self.ranked],
         }
 
     @classmethod
-    def told(cls, program: Program, texts: Mapping[str, Any]) -> "Boosted":
+    def told(cls, texts: Mapping[str, Any]) -> "Boosted":
         """The judge whose `texts` these are."""
         from lightgbm import Booster
 
+        program = Program(**{name: np.array(value) for name, value in texts["program"].items()})
         bags = [[Booster(model_str=text) for text in bags] for bags in texts["bags"]]
         return cls(program, bags, [Booster(model_str=text) for text in texts["ranked"]])
 

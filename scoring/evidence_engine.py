@@ -1,8 +1,9 @@
 """The evidence teacher: a program, not a language model. It picks by the evidence tables; its rationale follows from its ranking.
 
 It says what it is everywhere: its name is `evidence:5`. Who comes first is a draw from a conditional logit (McFadden 1974): the largest
-of score = w . features + temperature * Gumbel. The weights are fitted on the re-ranker's own training lists in folds of users, so that
-no list of a user taught the weights which rank that user's lists. Trees that go on from its scores are in `scoring.boosted`.
+of score + temperature * Gumbel, its score being w . features. The weights are fitted on the re-ranker's own training lists in folds of
+users, so that no list of a user taught the weights which rank that user's lists. Trees that go on from its scores are in
+`scoring.boosted`; where they rank, the logit still says why.
 
 In the targeted mode the target's score gets a boost and the rationale is written for the boosted order: post hoc, as a model's would be.
 
@@ -12,6 +13,7 @@ Shapes: R lists, N candidates of the longest list, F features.
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -111,6 +113,11 @@ class Program:
         added_NF = self.standard(raw_NC[None], np.ones((1, len(raw_NC)), dtype=bool))[0] * self.weights_KF[fold]
         return added_NF.sum(axis=1), added_NF
 
+    def log_probabilities(self, lists: Sequence[Sequence[Candidate]], users: Sequence[str]) -> list[Floats]:
+        """(N,) for each list: log-probability of each candidate to be chosen, as the user's fold has it."""
+        scores = [self.scores(raw_of(own), fold_of(user))[0] for own, user in zip(lists, users, strict=True)]
+        return [scores_N - np.logaddexp.reduce(scores_N) for scores_N in scores]
+
     def standard(self, raw_RNC: Floats, there_RN: NDArray[np.bool_]) -> Floats:
         """(R, N, F) standardised features: what the weights multiply."""
         return np.asarray((design(raw_RNC, there_RN)[0] - self.center_F) / self.scale_F)
@@ -178,6 +185,12 @@ def _conditional_logit(features_RNF: Floats, there_RN: NDArray[np.bool_], share_
     return np.asarray(found.x, dtype=np.float64)
 
 
+class Judge(Protocol):
+    """What ranks: a `Program`, or one with trees (`scoring.boosted`)."""
+
+    def log_probabilities(self, lists: Sequence[Sequence[Candidate]], users: Sequence[str]) -> list[Floats]: ...
+
+
 # -- the engine -------------------------------------------------------------------------------------------------------
 
 
@@ -185,19 +198,23 @@ class EvidenceEngine:
     """Answers asks that carry their `view` and `user`; the prompt is not read.
 
     `template`: whose words a rationale may use. `ordered`: how many candidates it puts in order; the others keep their incoming places.
+    `judge`: who ranks, by default the program itself; the reasons are the program's.
     """
 
-    def __init__(self, program: Program, template: Template, ordered: int = 1) -> None:
-        self._program, self._template, self._ordered = program, template, ordered
+    def __init__(self, program: Program, template: Template, ordered: int = 1, judge: Judge | None = None) -> None:
+        self._program, self._template, self._ordered, self._judge = program, template, ordered, judge or program
         self._cited = design(np.zeros((1, 1, len(columns_of()))), np.ones((1, 1), dtype=bool))[1]
 
     def generate(self, asks: Sequence[Ask]) -> list[Answer]:
         """One draw an ask. An ask without view or user, or whose target is not listed, fails alone. No tokens are read or written."""
+        whole = [ask for ask in asks if ask.view is not None and ask.user]
+        logps = self._judge.log_probabilities([ask.view.candidates for ask in whole if ask.view], [ask.user for ask in whole])
+        logp_of = {id(ask): logp_N for ask, logp_N in zip(whole, logps, strict=True)}
         answers = []
         for ask in asks:
             started = time.monotonic()
             try:
-                text = self._write(ask)
+                text = self._write(ask, logp_of.get(id(ask)))
                 answers.append(Answer(ask.key, text, seconds=time.monotonic() - started))
             except (ValueError, KeyError, TypeError) as error:
                 answers.append(failed(ask, error, time.monotonic() - started))
@@ -210,11 +227,11 @@ class EvidenceEngine:
     def close(self) -> None:
         """Nothing to give back."""
 
-    def _write(self, ask: Ask) -> str:
-        if ask.view is None or not ask.user:
+    def _write(self, ask: Ask, logp_N: Floats | None) -> str:
+        if ask.view is None or logp_N is None:
             raise ValueError("the evidence teacher needs the ask's view and user")
-        view = ask.view
-        scores_N, added_NF = self._program.scores(raw_of(view.candidates), fold_of(ask.user))
+        view, scores_N = ask.view, logp_N.copy()
+        _, added_NF = self._program.scores(raw_of(view.candidates), fold_of(ask.user))
         if ask.target is not None:
             scores_N[[c.item_id for c in view.candidates].index(ask.target)] += BOOST
         noise_N = np.random.default_rng(ask.seed).gumbel(size=len(scores_N))

@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 import schemas
 from gr2.config import Config
@@ -79,19 +78,13 @@ def lists(ctx: Context, split: str, of: str = "candidate_features") -> pa.Table:
 
 
 def counted(ctx: Context, split: str, of: str = "candidate_features") -> pa.Table:
-    """`lists` with what each counts in learning (`count`).
-
-    Its clicks' mean weight, where a log was debiased, times `distill.later_weight` where the target came on a later day.
-    """
+    """`lists` with what each counts in learning (`count`): its clicks' mean weight, where a log was debiased, else 1."""
     rows = lists(ctx, split, of)
-    later = ctx.lake.read("candidates", ["request_id"], split=split, slice="later_day")["request_id"]
     bounds, gain = groups(rows), np.exp2(rows["grade"].to_numpy()) - 1.0
     weight = gain * np.nan_to_num(rows["grade_weight"].to_numpy().astype(np.float64), nan=1.0)
     clicked, total = (np.add.reduceat(v, bounds[:-1]) if len(v) else v for v in (gain, weight))
     count = np.divide(total, clicked, out=np.ones_like(total), where=clicked > 0)
-    on_later = pc.is_in(rows["request_id"], value_set=later.combine_chunks()).to_numpy(zero_copy_only=False)
-    counts = np.repeat(count, np.diff(bounds)) * np.where(on_later, ctx.cfg.distill.later_weight, 1.0)
-    return rows.append_column("count", pa.array(counts, pa.float64()))
+    return rows.append_column("count", pa.array(np.repeat(count, np.diff(bounds)), pa.float64()))
 
 
 def matrix(rows: pa.Table) -> np.ndarray:

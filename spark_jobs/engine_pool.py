@@ -32,8 +32,9 @@ from gr2.config import Config
 from gr2.context import Context
 from gr2.errors import EngineError, ModelError
 from gr2.prompts import Template
+from scoring.boosted import Boosted
 from scoring.engine import Engine
-from scoring.evidence_engine import EvidenceEngine, Program
+from scoring.evidence_engine import EvidenceEngine
 from spark_jobs.session import frame_of
 
 Rows = list[dict[str, Any]]
@@ -51,7 +52,7 @@ class Spec:
     kind: Literal["vllm", "openai", "evidence"]
     name: str
     path: str = ""
-    program: Program | None = None
+    judge: Boosted | None = None
     template: Template | None = None
 
 
@@ -69,10 +70,10 @@ def engine_for(spec: Spec, cfg: Config) -> Engine:
         from scoring.openai_engine import OpenAIEngine
 
         engine = OpenAIEngine(cfg.traces)
-    elif spec.program is None or spec.template is None:
-        raise EngineError("an evidence spec holds its program and template")
+    elif spec.judge is None or spec.template is None:
+        raise EngineError("an evidence spec holds its judge and template")
     else:
-        engine = EvidenceEngine(spec.program, spec.template, cfg.traces.ordered)
+        engine = EvidenceEngine(spec.judge.program, spec.template, cfg.traces.ordered, spec.judge)
     _OPEN[spec.name] = engine
     return engine
 

@@ -1,13 +1,12 @@
-"""The evidence program (`scoring.evidence_engine`), fitted on `program_lists`: the teacher of traces; with trees, of `distill`.
+"""The evidence program with trees (`scoring.boosted`), fitted on `program_lists`: the teacher of traces and of `distill`.
 
-program, content = fitted(ctx)
 judge, name = boosted(ctx)
 """
 
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -19,21 +18,20 @@ from gr2.errors import EngineError, MissingInputError
 from gr2.pipeline import code_hash
 from schemas.program_lists import TAUGHT
 from scoring import boosted as trees
-from scoring.evidence_engine import NAME, Floats, Program, columns_of, fit, fold_of
+from scoring.evidence_engine import NAME, Floats, columns_of, fit, fold_of
 
 LESSONS = "program_lists"
 
 
 @dataclass(frozen=True)
 class Lists:
-    """R lists, padded to N candidates: raw columns (R, N, C), who is there, grades, what they count, folds of users, slices."""
+    """R lists, padded to N candidates: raw columns (R, N, C), who is there, grades, what they count, folds of users."""
 
     raw_RNC: Floats
     there_RN: NDArray[np.bool_]
     grades_RN: Floats
     weights_RN: Floats
     folds_R: NDArray[np.int64]
-    slices_R: NDArray[np.str_]
 
     @cached_property
     def content(self) -> str:
@@ -42,41 +40,30 @@ class Lists:
         return hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in arrays)).hexdigest()
 
 
-def fitted(ctx: Context) -> tuple[Program, str]:
-    """The program, and a hash of all that it was fitted on. Raises MissingInputError, EngineError (no list with its target)."""
-    of = padded(ctx, ("rerank",), LESSONS)
-    return _program(of), of.content
-
-
 def boosted(ctx: Context) -> tuple[trees.Boosted, str]:
-    """The program with trees, and its name: it is to rank what comes on a later day (`distill.later_weight`). Raises as `fitted` does.
+    """The program with trees, and its name.
 
-    It learns from what was chosen in the valid period too: only the test period judges it. What two stages ask for is fitted once, and
-    kept under work/ for equal lists, seed and code.
+    Raises MissingInputError, EngineError (no list with its target). It learns from what was chosen in the valid period too: only the test
+    period judges it. What several stages ask for is fitted once, and kept under work/ for equal lists, seed and code.
     """
     of = padded(ctx, TAUGHT, LESSONS)
-    count_R1 = np.where(of.slices_R == "later_day", ctx.cfg.distill.later_weight, 1.0)[:, None]
-    of = replace(of, weights_RN=of.weights_RN * count_R1)
-    name, program = f"{NAME}+{trees.NAME}@{of.content[:8]}", _program(of)
+    name = f"{NAME}+{trees.NAME}@{of.content[:8]}"
     key = [of.content, ctx.cfg.seed, code_hash(trees.__name__)]
     kept = ctx.work("program") / "trees.json"
     found = json.loads(kept.read_text()) if kept.exists() else {}
     if found.get("of") == key:
-        return trees.Boosted.told(program, found["trees"]), name
+        return trees.Boosted.told(found["judge"]), name
+    program = fit(of.raw_RNC, of.there_RN, of.grades_RN, of.folds_R, weights_RN=of.weights_RN)
     judge = trees.boost(program, of.raw_RNC, of.there_RN, of.grades_RN, of.folds_R, ctx.cfg.seed, of.weights_RN)
-    write_whole(kept, json.dumps({"of": key, "trees": judge.texts()}))
+    write_whole(kept, json.dumps({"of": key, "judge": judge.texts()}))
     return judge, name
-
-
-def _program(of: Lists) -> Program:
-    return fit(of.raw_RNC, of.there_RN, of.grades_RN, of.folds_R, weights_RN=of.weights_RN)
 
 
 def padded(ctx: Context, splits: Sequence[str], of: str = "candidate_features") -> Lists:
     """The lists of some splits by request, candidates in incoming order. Raises MissingInputError, EngineError where there are none."""
     names = ["request_id", "grade", "grade_weight", *columns_of()]
     table = ctx.lake.read(of, names, order_by=["request_id", "incoming_rank"], split=list(splits))
-    requests = ctx.lake.read("candidates", ["request_id", "user_id", "slice"], order_by=["request_id"], split=list(splits)).to_pylist()
+    requests = ctx.lake.read("candidates", ["request_id", "user_id"], split=list(splits)).to_pylist()
     if not requests:
         raise MissingInputError(f"candidates has no row of split {' or '.join(splits)}: run `gr2 stage candidates` first")
     if not table.num_rows:
@@ -90,7 +77,6 @@ def padded(ctx: Context, splits: Sequence[str], of: str = "candidate_features") 
     weights_RN = np.ones(shape)
     grades_RN[row_M, slot_M] = table["grade"].to_numpy()
     weights_RN[row_M, slot_M] = np.nan_to_num(table["grade_weight"].to_numpy(), nan=1.0)
-    own = {row["request_id"]: row for row in requests}
-    folds_R = np.array([fold_of(own[str(request)]["user_id"]) for request in owners])
-    slices_R = np.array([own[str(request)]["slice"] for request in owners])
-    return Lists(raw_RNC, there_RN, grades_RN, weights_RN, folds_R, slices_R)
+    user_of = {row["request_id"]: row["user_id"] for row in requests}
+    folds_R = np.array([fold_of(user_of[str(request)]) for request in owners])
+    return Lists(raw_RNC, there_RN, grades_RN, weights_RN, folds_R)

@@ -31,10 +31,9 @@ from gr2.draws import seed_of
 from gr2.errors import ConfigError, EngineError, MissingInputError
 from gr2.prompts import Template, View, prompt_hash, render
 from scoring.engine import Answer, Ask, Engine
-from scoring.evidence_engine import NAME
 from scoring.model import encode_all, load_tokenizer, prompt_text
 from spark_jobs.engine_pool import Rows, Spec, answered, engine_for, portable
-from spark_jobs.program import fitted
+from spark_jobs.program import boosted
 from spark_jobs.prompting import Requests, sample, template_of
 from spark_jobs.publish import publish
 from validation.leaks import DIGEST, leak_of
@@ -108,8 +107,8 @@ def teacher(cfg: Config, ctx: Context) -> Spec:
         DIGEST,
     ]
     if cfg.traces.teacher == "evidence":
-        program, content = fitted(ctx)
-        return Spec("evidence", f"{NAME}@{_digest(settings, content)}", program=program, template=template)
+        judge, name = boosted(ctx)
+        return Spec("evidence", f"{name.partition('@')[0]}@{_digest(settings, name)}", judge=judge, template=template)
     if not cfg.traces.model:
         raise ConfigError(f"traces.teacher is {cfg.traces.teacher}: name its model in traces.model")
     if cfg.traces.teacher == "openai":

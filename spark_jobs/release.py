@@ -48,8 +48,10 @@ def concerns(audit: Mapping[str, Any], live: Mapping[str, Sequence[str]]) -> boo
 
     The subject of an audit of positions is `model/mode/figure`; `live`: the modes of each model that answer at night.
     """
-    model, mode, *_ = (*audit["subject"].split("/"), "")
-    return audit["audit"] != "position" or mode in live.get(model, ())
+    if audit["audit"] != "position":
+        return True
+    model, mode, _ = audit["subject"].split("/")
+    return mode in live.get(model, ())
 
 
 def _promote(cfg: Config, ctx: Context, records: int) -> Result:

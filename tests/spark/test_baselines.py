@@ -11,7 +11,7 @@ from scoring import boosted as trees
 from scoring.boosted import Boosted
 from scoring.evidence_engine import fold_of
 from spark_jobs import baselines
-from spark_jobs.program import LESSONS, boosted, fitted, padded
+from spark_jobs.program import LESSONS, boosted, padded
 from tests.tables import put
 
 pytestmark = pytest.mark.spark
@@ -82,7 +82,7 @@ def test_the_program_is_a_baseline_where_it_is_asked_for(make_ctx, monkeypatch):
 def test_no_list_of_a_user_teaches_what_judges_that_user(ctx, monkeypatch):
     monkeypatch.setattr("scoring.boosted.BAGS", 1)
     learnable(ctx)
-    of, teacher = padded(ctx, TAUGHT, LESSONS), fitted(ctx)[1]
+    of = padded(ctx, TAUGHT, LESSONS)
     before, name = boosted(ctx)
     rows = ctx.lake.read(LESSONS, order_by=["request_id", "incoming_rank"]).to_pylist()
     request = next(r["request_id"] for r in rows if r["split"] == "valid")
@@ -93,14 +93,13 @@ def test_no_list_of_a_user_teaches_what_judges_that_user(ctx, monkeypatch):
     put(ctx, LESSONS, rows)
     after, other = boosted(ctx)
     assert other != name, "lists of valid teach"
-    assert fitted(ctx)[1] == teacher, "those of traces are told by split rerank alone"
     own = of.folds_R == fold_of(user)
     told, again = (judge.judged(of.raw_RNC, of.there_RN, of.folds_R) for judge in (before, after))
     np.testing.assert_array_equal(told[own], again[own])
     assert not np.array_equal(told[~own], again[~own])
 
 
-def test_two_stages_ask_for_one_fit_and_other_weights_seeds_or_code_for_another(make_ctx, monkeypatch):
+def test_two_stages_ask_for_one_fit_and_another_seed_or_code_for_another(make_ctx, monkeypatch):
     monkeypatch.setattr("scoring.boosted.BAGS", 1)
     fits, boost = [], trees.boost
     monkeypatch.setattr("scoring.boosted.boost", lambda *told: fits.append(1) or boost(*told))
@@ -109,32 +108,18 @@ def test_two_stages_ask_for_one_fit_and_other_weights_seeds_or_code_for_another(
     (judge, name), (again, other) = boosted(ctx), boosted(ctx)
     assert (len(fits), other) == (1, name)
     np.testing.assert_array_equal(again.judged(of.raw_RNC, of.there_RN), judge.judged(of.raw_RNC, of.there_RN))
-    for changes in (["seed=14"], ["distill.later_weight=3"]):
-        boosted(make_ctx(changes))
+    boosted(make_ctx(["seed=14"]))
     monkeypatch.setattr("spark_jobs.program.code_hash", lambda *modules: "of other code")
     boosted(ctx)
-    assert len(fits) == 4
+    assert len(fits) == 3
 
 
-def test_what_came_on_a_later_day_can_count_more_for_the_program(make_ctx, monkeypatch):
-    monkeypatch.setattr("scoring.boosted.BAGS", 1)
-    slices = {request: row["slice"] for request, row in learnable(make_ctx()).items()}
-    ctx = make_ctx()
+def test_a_list_counts_what_its_clicks_slots_took_from_them(ctx):
+    learnable(ctx)
     rows = ctx.lake.read(LESSONS).to_pylist()
-    for row in rows:
-        if slices[row["request_id"]] == "same_day":  # these say the opposite: the lightest pair
-            own = [r for r in rows if r["request_id"] == row["request_id"]]
-            row["grade"] = int(row["pair_last"] == min(r["pair_last"] for r in own))
-    put(ctx, LESSONS, rows)
-    of = padded(ctx, ("rerank",), LESSONS)
-    later, told, names = (of.slices_R == "later_day") & of.grades_RN.any(axis=1), {}, {}
-    for weight in (1.0, 50.0):
-        weighted = make_ctx([f"distill.later_weight={weight}"])
-        judge, names[weight] = boosted(weighted)
-        rows = baselines.counted(weighted, "rerank", LESSONS)
-        counts = dict(zip(rows["request_id"].to_pylist(), rows["count"].to_pylist(), strict=True))
-        assert {slices[r]: c for r, c in counts.items()} == {"later_day": weight, "same_day": 1.0}, "for LambdaMART too"
-        assert set(baselines.dataset([rows]).get_weight()) == {1.0, weight}
-        told[weight] = judge.judged(of.raw_RNC, of.there_RN, of.folds_R)[later][of.grades_RN[later] > 0].mean()
-    assert told[50.0] > told[1.0] + 0.1, told
-    assert names[50.0] != names[1.0]
+    debiased = rows[0]["request_id"]
+    put(ctx, LESSONS, [row | ({"grade_weight": 2.5} if row["request_id"] == debiased else {}) for row in rows])
+    counted = baselines.counted(ctx, rows[0]["split"], LESSONS)
+    for request, count in zip(counted["request_id"].to_pylist(), counted["count"].to_pylist(), strict=True):
+        assert count == (2.5 if request == debiased else 1.0)
+    assert sorted(set(baselines.dataset([counted]).get_weight())) == [1.0, 2.5]

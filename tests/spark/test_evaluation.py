@@ -72,8 +72,9 @@ def test_figures_intervals_audits_and_rerun(small):
         evaluation.run(cfg, ctx)
     baselines.run(cfg, ctx)
     scores(ctx, requests)
-    cost = {"seconds": 1.0, "peak_mib": 1.0, "tokens": 0}
-    write_record(ctx, "events", {"rows_in": 10, "rows_out": 7, "quarantined": 1, "duplicates": 2, **cost})
+    cost = {"seconds": 1.0, "peak_mib": 1.0, "tokens": 0, "status": "ok", "fingerprint": "0", "detail": {}}
+    record = {"stage": "events", "run_id": "before", "rows_in": 10, "rows_out": 7, "quarantined": 1, "duplicates": 2, **cost}
+    write_record(ctx, "events", record)
     found = [{"audit": "sid_health", "subject": "uniqueness", "value": 0.95, "low": 0.9, "high": None, "passed": True, "detail": "d"}]
     (ctx.work("audits") / "semantic_ids.json").write_text(json.dumps(found))
     evaluation.run(cfg, ctx)
@@ -125,7 +126,7 @@ def test_figures_intervals_audits_and_rerun(small):
 
 
 def check_wavering(cfg: Config) -> None:
-    """Orders that depend on places are not released, but told, in the report too: the figures are right. What is only compared may waver."""
+    """Orders that depend on places are not released, but told, in the report too. What is only compared may waver."""
     small = ("candidates.n=10", "evaluation.bootstrap=200", "data.protocol=leave_one_out")
     settings = [f"paths.root={cfg.paths.root}", *small, "evaluation.min_tau=0.5"]
     wavers, stands = ([*settings, f"scoring.live={{{name}: [think]}}"] for name in ("sft", "rl"))

@@ -37,7 +37,7 @@ def test_samples_stop_verdicts_and_reruns(make_ctx):
     rows = ctx.lake.read("reasoning_traces", order_by=["sample_id"]).to_pylist()
     assert result.rows_out == len(rows) > 150
     assert {r["teacher"] for r in rows} == {result.detail["teacher"]}
-    assert result.detail["teacher"].startswith("evidence:5@"), "a program says that it is one"
+    assert result.detail["teacher"].startswith("evidence:5+trees:3@"), "a program says that it is one"
     requests = {r["request_id"]: r for r in ctx.lake.read("candidates", split="rerank").to_pylist()}
     drawn = defaultdict(list)
     for row in sorted(rows, key=lambda r: r["attempt"]):

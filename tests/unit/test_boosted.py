@@ -59,7 +59,7 @@ def test_a_users_own_lists_teach_nothing_that_judges_them() -> None:
 def test_what_json_keeps_judges_to_the_last_digit_as_what_was_fitted() -> None:
     world, new = crossed(200, seed=3), crossed(50, seed=5)
     judge = fitted(world, rounds=10)
-    again = Boosted.told(judge.program, json.loads(json.dumps(judge.texts())))
+    again = Boosted.told(json.loads(json.dumps(judge.texts())))
     for folds in (new[3], None):
         np.testing.assert_array_equal(again.judged(*new[:2], folds), judge.judged(*new[:2], folds))
 

@@ -1,6 +1,7 @@
 """The evidence program: it learns what the lists hold, keeps a user's own lists out, and writes what follows from its ranking."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -146,6 +147,27 @@ def test_it_puts_as_many_in_order_as_it_is_told_and_leaves_the_others(program: P
             assert list(parsed.order[:ordered]) == by_score[:ordered]
             assert list(parsed.order[ordered:]) == [label for label in view.labels if label not in by_score[:ordered]]
             assert [word[1:] for word in parsed.thought.split() if word.startswith("@")] == list(parsed.order[:3])
+
+
+def test_another_judge_ranks_and_the_program_says_why(program: Program) -> None:
+    class Backwards:
+        calls = 0
+
+        def log_probabilities(self, lists: Sequence[Sequence[Candidate]], users: Sequence[str]) -> list[np.ndarray]:
+            self.calls += 1
+            assert set(users) == {"u"}
+            return [np.arange(len(own), dtype=float) for own in lists]
+
+    judge, template = Backwards(), load_template()
+    views = [view_of(raw_NC[:size], f"b{size}") for raw_NC, size in zip(lists(3, seed=8)[0], (10, 3, 7), strict=True)]
+    asks = [ask(views[0], user=""), *(ask(view, temperature=0.0) for view in views)]
+    nobody, *answers = EvidenceEngine(program, template, ordered=3, judge=judge).generate(asks)
+    assert (bool(nobody.error), judge.calls) == (True, 1)
+    for view, answer in zip(views, answers, strict=True):
+        parsed = parse(answer.text, view.labels, "think")
+        assert parsed.order is not None
+        assert list(parsed.order[:3]) == list(view.labels[:-4:-1])
+        assert format_reward(parsed.thought, evidence_words(view, template), 48) == pytest.approx(1.0)
 
 
 def test_a_users_own_lists_teach_nothing_that_ranks_them(program: Program) -> None:
