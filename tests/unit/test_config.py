@@ -39,7 +39,7 @@ def test_every_profile_loads_and_says_how_to_run_it(profile):
         ("scoring={splits: [valid], models: {rl: [think]}}", "scoring.models must have rl: .score."),
         ("scoring={splits: [valid], models: {fast: [score]}}", "scoring.models must have rl: .score."),
         ("latents.train.processes=2", "leave out processes"),
-        ("prompt.template=rerank_v44", "did you mean 'rerank_v4'"),
+        ("prompt.template=rerank_v55", "did you mean 'rerank_v5'"),
         ("traces.template=rerank_llm", "did you mean 'rerank_llm_v1'"),
         ("data.windows=[0.9, 0.5, 0.2]", "data.windows must not fall"),
         ("candidates.n=2", "a drill has at least 3 candidates"),

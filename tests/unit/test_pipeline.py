@@ -71,7 +71,7 @@ def test_a_contract_counts_for_the_stage_that_writes_its_table():
 def test_stages_that_draw_by_the_teacher_follow_its_settings_and_its_template():
     plain = load("demo")
     for stage in (pipeline.get("reasoning_traces"), pipeline.get("sft_examples")):
-        told = [load("demo", [change]) for change in ("traces.temperature=0.9", "traces.template=rerank_v1", "traces.template=rerank_v4")]
+        told = [load("demo", [change]) for change in ("traces.temperature=0.9", "traces.template=rerank_v1", "traces.template=rerank_v5")]
         assert len({json.dumps(pipeline.settings_of(stage, cfg)) for cfg in (plain, *told)}) == 4
 
 

@@ -224,7 +224,7 @@ def test_listed_evidence_names_the_best_labels_and_keeps_its_places() -> None:
 
 
 def test_graded_lists_say_how_strong_the_evidence_is() -> None:
-    graded = load_template("rerank_v4")
+    graded = load_template("rerank_v5")
     rows = [
         {"pair_next": v, "prior_gap": g, "pair_gap_days": d}
         for v, g, d in ((0, 0.0, None), (1.0, 0.3, 400.0), (16.0, 0.9, 0.0), (None, 5.0, 7.0), (4.0, 5.1, None), (99.0, None, None))
@@ -232,9 +232,9 @@ def test_graded_lists_say_how_strong_the_evidence_is() -> None:
     view = make_view("r", [], [candidate(n, **row) for n, row in enumerate(rows)], 0)
     line = next(line for line in text_of(view, graded).split("\n") if line.startswith("nextTop"))
     a, b, c, d, e, f = view.labels
-    assert line.startswith(f"nextTop @{f}6 @{c}6 @{e}4 @{b}0 @Z0 pairTop @Z0 @Z0 @Z0 "), "the best, each with its digit; filled to five"
+    assert line.startswith(f"nextTop @{f}6 @{c}6 @{e}4 @{b}0 @Z0 everTop @Z0 @Z0 @Z0 "), "the best, each with its digit; filled to five"
     assert f" daysTop @{c}0 @{d}2 @{b}6 @Z0 " in line, "pairs that are soon chosen together first"
-    assert line.endswith(f" gapTop @{a}0 @{b}2 @{c}5 @{d}9 @{e}9"), "small gaps first; what is unknown is not said"
+    assert line.endswith(f" gapTop @{a}0 @{b}2 @{c}6 @{d}9 @{e}9 @Z0"), "small gaps first; what is unknown is not said"
     plain = text_of(view, LISTS)
     assert plain.split("nextTop")[0] == text_of(view, graded).split("nextTop")[0].replace(", graded.", ".")
     longer = {f"{b}:nextTop", "daysTop", "daysBest", f"{c}:daysBest", *(f"{label}:daysTop" for label in (c, d, b))}
