@@ -16,7 +16,9 @@ from training.fitting import supervised
 from training.loop import token_logprobs
 
 pytestmark = pytest.mark.e2e
-QUICK = ["sft.student.max_steps=20", "sft.teacher.max_steps=2", "sft.student.lr=5e-3", "sft.student.tokens_per_batch=2048"]
+QUICK = [
+    "sft.start=midtrain", "sft.student.max_steps=20", "sft.teacher.max_steps=2", "sft.student.lr=5e-3", "sft.student.tokens_per_batch=2048",
+]  # fmt: skip
 
 
 def test_sft_learns_the_format_and_a_rerun_gives_the_same_model(make_ctx):
