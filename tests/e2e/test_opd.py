@@ -64,7 +64,7 @@ def test_another_vocabulary_is_refused(make_ctx):
 
 
 def test_without_a_teacher_the_student_alone_is_trained(make_ctx):
-    ctx = make_ctx([*QUICK, "models.teacher=null", "sft.student.max_steps=1", "rl.student.max_steps=1"])
+    ctx = make_ctx([*QUICK, "models.teacher=null", "sft.start=midtrain", "sft.student.max_steps=1", "rl.student.max_steps=1"])
     tokenizer = tiny.model_named(ctx, "midtrain")
     tiny.put(ctx, "sft_examples", tiny.sft_rows(tokenizer, 8))
     tiny.put(ctx, "rl_prompts", tiny.rl_rows(tokenizer, 8) + tiny.rl_rows(tokenizer, 4, "valid", 50))
