@@ -77,7 +77,7 @@ def test_days_between_paired_choices_count_where_there_is_a_pair() -> None:
 
 
 def test_evidence_weighs_otherwise_on_a_later_day() -> None:
-    raw_RNC, there_RN, grades_RN, folds_R = lists(600, seed=6)
+    raw_RNC, there_RN, _, folds_R = lists(600, seed=6)
     days = np.arange(600) % 3  # 0: on the day of the last item; then transitions tell, later what sells of late
     raw_RNC[:, :, COLUMNS.index("days_since_last")] = days[:, None]
     features_RNF, cited = design(raw_RNC, there_RN)
