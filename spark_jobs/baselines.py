@@ -26,15 +26,12 @@ from gr2.config import Config
 from gr2.context import Context, Result
 from gr2.errors import InputError
 from schemas.program_lists import TAUGHT
+from scoring.evidence_engine import columns_of
 from spark_jobs.program import LESSONS, boosted, padded
 from spark_jobs.publish import publish
 from spark_jobs.session import frame_of
 
-FEATURES = (
-    "incoming_rank", "prior_score", "prior_gap", "popularity", "recent", "pair_last", "pair_next", "pair_max", "pair_sum", "lift_max",
-    "pair_gap_days", "same_brand", "category_overlap", "text_similarity", "text_similarity_max", "price_ratio", "days_since_seen",
-    "days_since_last",
-)  # fmt: skip
+FEATURES = columns_of()  # the same evidence as the program
 GRID: tuple[dict[str, Any], ...] = tuple(
     {"num_leaves": leaves, "min_data_in_leaf": least, "learning_rate": rate, "lambda_l2": ridge}
     for leaves, least, rate, ridge in product((7, 15, 31), (20, 50, 100), (0.03, 0.08), (0.0, 10.0))
