@@ -200,7 +200,7 @@ class Distill(Section):
     replicas: Positive = 2
     thoughts: Positive = 1  # drawn for a prompt, and averaged; several at temperature 0 are one
     temperature: float = Field(0.0, ge=0)
-    max_requests: int = Field(400, ge=0)  # seeded sample of split rerank; 0: all
+    max_requests: int = Field(400, ge=0)  # seeded sample of splits rerank and valid; 0: all
     places: Positive = 5  # of the source's order that are learned, each after those before it
 
 

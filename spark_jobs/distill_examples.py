@@ -1,7 +1,7 @@
 """Stage `distill_examples`: what the best model makes of the re-ranker's own requests, to be imitated without thinking (METHOD 10).
 
-Reads `candidates`, `candidate_features`, `items`, `semantic_ids` (split `rerank`, at most `distill.max_requests`: no label is needed) and
-`distill.source`: `evidence`, the program that teaches the traces, or a model of an earlier build. Writes
+Reads `candidates`, `candidate_features`, `items`, `semantic_ids` (splits `rerank` and `valid`, at most `distill.max_requests`: no label is
+needed) and `distill.source`: `evidence`, the program that teaches the traces, or a model of an earlier build. Writes
 `distill_examples` (one request and replica; key example_id).
 A model thinks first, `distill.thoughts` times. Its order is the mean place over the answers it gives, its label probabilities the mean
 of those at the first answer position, after each thought: one thought is all but sure of its leader, several tell how sure the source is.
@@ -26,6 +26,7 @@ from gr2.context import Context, Result
 from gr2.draws import seed_of
 from gr2.prompts import ANSWER_OPEN, END_THINK, View
 from schemas.base import INT, STRING, list_of
+from schemas.program_lists import TAUGHT
 from scoring.boosted import Boosted
 from scoring.engine import Ask, Engine
 from scoring.model import load_tokenizer
@@ -48,9 +49,9 @@ ASKED = pa.schema(
 
 def run(cfg: Config, ctx: Context) -> Result:
     """Asks the source, publishes its answers. Raises MissingInputError, EngineError, ModelError (a prompt too long)."""
-    there = ctx.lake.read("candidates", ["request_id"], order_by=["request_id"], split="rerank")["request_id"].to_pylist()
+    there = ctx.lake.read("candidates", ["request_id"], order_by=["request_id"], split=TAUGHT)["request_id"].to_pylist()
     chosen = sample(there, cfg.distill.max_requests, cfg.seed, "distill")
-    stream = views(ctx, cfg, "rerank", chosen, tuple(range(cfg.distill.replicas)))
+    stream = views(ctx, cfg, TAUGHT, chosen, tuple(range(cfg.distill.replicas)))
     lists = iter(lambda: list(islice(stream, CHUNK)), [])
     return _of_program(cfg, ctx, lists) if cfg.distill.source == PROGRAM else _of_model(cfg, ctx, lists)
 

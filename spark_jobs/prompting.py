@@ -27,12 +27,15 @@ from scoring.model import encode_all, prompt_text
 LABELLING = ("request_id", "split", "night", "item_id", "grade", "grade_weight")  # columns of candidate_features that are no evidence
 REQUEST = ("request_id", "split", "user_id", "fit", "as_of", "history_ids", "history_days", "candidate_ids", "grades", "weights", "night")
 FEATURES = tuple(name for name in schemas.get("candidate_features").names() if name not in LABELLING)
+Splits = str | tuple[str, ...]
 
 
 class Requests:
-    """The requests of a split with their evidence. Python objects are made one request at a time, so a split of any length fits."""
+    """The requests of a split, or of several, with their evidence. Python objects are made one request at a time: any length fits."""
 
-    def __init__(self, ctx: Context, cfg: Config, split: str, request_ids: Collection[str] | None = None, night: str = EXPERIMENT) -> None:
+    def __init__(
+        self, ctx: Context, cfg: Config, split: Splits, request_ids: Collection[str] | None = None, night: str = EXPERIMENT
+    ) -> None:
         part = {"split": split, "night": night}
         requests = ctx.lake.read("candidates", [*REQUEST, "target_id", "target_rank", "slice"], order_by=["request_id"], **part)
         features = ctx.lake.read("candidate_features", order_by=["request_id", "incoming_rank"], **part)
@@ -89,12 +92,12 @@ class Requests:
 def views(
     ctx: Context,
     cfg: Config,
-    split: str,
+    split: Splits,
     request_ids: Collection[str] | None = None,
     replicas: Sequence[int] = (0,),
     night: str = EXPERIMENT,
 ) -> Iterator[tuple[dict[str, Any], View]]:
-    """(row of `candidates` with `replica`, view) of a split's requests, or of those named; of a night's, for split live.
+    """(row of `candidates` with `replica`, view) of the requests of a split or several, or of those named; of a night's, for split live.
 
     Raises MissingInputError, AuditError.
     """

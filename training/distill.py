@@ -35,7 +35,7 @@ def run(cfg: Config, ctx: Context) -> Result:
     """Trains `fast`. Raises MissingInputError, InputError (no examples, or lists of unequal length)."""
     table = ctx.lake.read("distill_examples", ["prompt", "order", "label_logprobs"], order_by=["ordinal", "example_id"])
     if not table.num_rows:
-        raise InputError("distill_examples is empty: no request of split `rerank` has its target in the list")
+        raise InputError("distill_examples is empty: no request of split rerank or valid has a list")
     base = ctx.model(cfg.distill.start)
     model, tokenizer = load(base.path, dropout=cfg.distill.dropout)
     wake(model, base.manifest.get("unread", []), cfg.seed)

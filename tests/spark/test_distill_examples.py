@@ -5,6 +5,7 @@ import pytest
 
 from gr2.errors import MissingInputError
 from gr2.prompts import ANSWER_OPEN, EMPTY_THOUGHT, LABELS, load_template
+from schemas.program_lists import TAUGHT
 from scoring.engine import Answer
 from scoring.model import label_logprobs, load
 from spark_jobs import distill_examples
@@ -80,12 +81,12 @@ def test_the_stage_asks_its_source_and_a_rerun_changes_nothing(make_ctx):
     result = distill_examples.run(ctx.cfg, ctx)
     rows = ctx.lake.read("distill_examples", order_by=["example_id"]).to_pylist()
     assert result.rows_out == len(rows) == 12
-    assert {asked[r["request_id"]]["split"] for r in rows} == {"rerank"}
+    assert {asked[r["request_id"]]["split"] for r in rows} == {"rerank", "valid"}
     assert {r["source_model"] for r in rows} == {ctx.model("rl").id}
     assert result.detail["did_not_parse"] == sum(r["source_mode"] == "score" for r in rows)
     closing = load_template().closing["direct"]
     assert all(r["prompt"].endswith(f"{closing}\n{EMPTY_THOUGHT}{ANSWER_OPEN}") for r in rows)
-    shown = {f"{row['request_id']}#{row['replica']}": view for row, view in views(ctx, ctx.cfg, "rerank", None, (0, 1))}
+    shown = {f"{row['request_id']}#{row['replica']}": view for row, view in views(ctx, ctx.cfg, TAUGHT, None, (0, 1))}
     assert all(sorted(r["order"]) == sorted(shown[r["example_id"]].labels) for r in rows)
     model, tokenizer = load(ctx.model("rl").path)
     alone = [r for r in rows if r["source_mode"] == "score"]
@@ -108,7 +109,7 @@ def test_the_program_tells_its_own_probabilities_and_needs_no_model_of_its_own(m
     assert {r["source_model"] for r in rows} == {result.detail["source"]}
     judge, name = boosted(ctx)
     assert name == result.detail["source"]
-    shown = {f"{row['request_id']}#{row['replica']}": (row, view) for row, view in views(ctx, ctx.cfg, "rerank", None, (0, 1))}
+    shown = {f"{row['request_id']}#{row['replica']}": (row, view) for row, view in views(ctx, ctx.cfg, TAUGHT, None, (0, 1))}
     assert {r["example_id"] for r in rows} == set(shown)
     for row in rows:
         request, view = shown[row["example_id"]]
