@@ -12,7 +12,8 @@ after all lines, best first, which models from scratch learn to read at once (re
     ["A","C","B"]
 
 The completion is `<think>THOUGHT</think>["C","A","B"]`. In byte-level BPE the pieces `["`, `","`, `"]` and ` @` hold no letter, so a
-label is the same single token (the bare letter) in the prompt, in a thought and in the answer; after `["` the next token is a label.
+label is the same single token (the bare letter) in the prompt, in a thought and in the answer; after `["` the next token is a label. Only
+in lists with grades ` @C6`, a label and its grade, is one token (`graded_labels`): a list of ten takes ten.
 An engine must keep `<think>` and `</think>` in the text that it returns, and drop the end token.
 """
 
@@ -417,6 +418,12 @@ def format_answer(labels: Sequence[str]) -> str:
     return ANSWER_OPEN + ANSWER_SEPARATOR.join(labels) + ANSWER_CLOSE
 
 
+def graded_labels(template: Template) -> list[str]:
+    """Every label with every grade, as lists with grades say it (` @C6`); none where no feature has grades."""
+    graded = any(feature.grades for feature in template.evidence.values())
+    return [f" @{label}{grade}" for label in (*LABELS, NOBODY) for grade in range(10)] if graded else []
+
+
 def vocabulary_texts(template: Template, copies: int = 1000) -> list[str]:
     """Texts that hold every word a prompt or a completion can have, for training a small BPE: the words become single tokens.
 
@@ -434,4 +441,4 @@ def vocabulary_texts(template: Template, copies: int = 1000) -> list[str]:
     thought = " ".join(f"{step}." for step in template.thought.values())
     lines = "\n".join(f" {word} {word}, {word}. @{label}" for word, label in zip(words, LABELS * len(words), strict=False))
     answers = "\n".join(format_answer(LABELS[start:]) for start in range(len(LABELS)))  # no tag before it: `>["` would become one token
-    return [*fixed, thought, lines, answers] * copies
+    return [*fixed, thought, lines, answers, "".join(graded_labels(template))] * copies

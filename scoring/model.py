@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 
 from gr2.config import Model
 from gr2.errors import ModelError
-from gr2.prompts import ANSWER_OPEN, ANSWER_SEPARATOR, END_THINK, LABELS, THINK
+from gr2.prompts import ANSWER_OPEN, ANSWER_SEPARATOR, END_THINK, LABELS, NOBODY, THINK
 from gr2.sids import LETTERS
 from scoring import own_vectors
 
@@ -35,9 +36,9 @@ CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %}{{ '\n' }}{% endif %}{% endfor %}"
 )
-# Pieces that no merge crosses: words with the space before them, numbers of up to three digits, runs of other signs. A label stands
-# between signs (` @C`, `["C","A"]`), so it is always a piece, and a token, of its own.
-_PIECES = r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# Pieces that no merge crosses: labels with their grade (` @C6`), words with the space before them, numbers of up to three digits, runs of
+# other signs. Elsewhere a label stands between signs (` @C`, `["C","A"]`), so it is always a piece, and a token, of its own.
+_PIECES = r" @[A-Z][0-9](?![\p{L}\p{N}])| ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _SID = re.compile(r"<([a-j])_([0-9]+)>")
 
 
@@ -117,6 +118,16 @@ def label_ids(tokenizer: Any, labels: Sequence[str] = LABELS) -> list[int]:
     if len(set(ids)) != len(ids):
         raise ModelError("two labels share a token")
     return ids
+
+
+def graded_ids(tokenizer: Any) -> dict[int, tuple[int, int]]:
+    """Tokens that are a label with its grade (` @C6`, `gr2.prompts.graded_labels`), each with the tokens of label and digit."""
+    found = {}
+    for label, grade in product((*LABELS, NOBODY), range(10)):
+        whole, parts = encode(tokenizer, f" @{label}{grade}"), (encode(tokenizer, label), encode(tokenizer, str(grade)))
+        if [len(ids) for ids in (whole, *parts)] == [1, 1, 1]:
+            found[whole[0]] = parts[0][0], parts[1][0]
+    return found
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:

@@ -38,7 +38,7 @@ def run(cfg: Config, ctx: Context) -> Result:
         raise InputError("distill_examples is empty: no request of split rerank or valid has a list")
     base = ctx.model(cfg.distill.start)
     model, tokenizer = load(base.path, dropout=cfg.distill.dropout)
-    wake(model, base.manifest.get("unread", []), cfg.seed)
+    wake(model, tokenizer, base.manifest.get("unread", []), cfg.seed)
     examples, taught = to_examples(tokenizer, table, cfg.distill.places)
     inputs = {"tables": {"distill_examples": ctx.lake.content_version("distill_examples")}, "models": {base.name: base.hash}}
     loader = loader_of(ctx, "fast", Draws([examples], 1, cfg.seed, list), len(examples), cfg.distill.train, cfg.seed)

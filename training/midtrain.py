@@ -27,11 +27,11 @@ from numpy.typing import NDArray
 
 from gr2.config import Config, Model, Training
 from gr2.context import Context, Result
-from gr2.errors import InputError
-from gr2.prompts import load_template, vocabulary_texts
+from gr2.errors import ConfigError, InputError
+from gr2.prompts import graded_labels, load_template, vocabulary_texts
 from gr2.sids import live_codes, sid_tokens
 from scoring import own_vectors
-from scoring.model import autocast, build_model, build_vocabulary, encode_all, grow_vocabulary, load, sid_ids
+from scoring.model import autocast, build_model, build_vocabulary, encode_all, graded_ids, grow_vocabulary, load, sid_ids
 from training.codebooks import Codebooks
 from training.data import Batch, Example, Rows, pack, rows_per_batch, to_batch
 from training.fitting import fit, supervised
@@ -46,7 +46,7 @@ SMALL = 100_000_000  # parameters up to which it is measured
 
 
 def run(cfg: Config, ctx: Context) -> Result:
-    """Trains student, refitted student, and the teacher if there is one. Raises InputError (a fit without examples)."""
+    """Trains student, refitted student, and the teacher if there is one. Raises InputError (a fit without examples), ConfigError."""
     books = Codebooks.load(ctx.model("tokenizer").path)[0].books_LKD
     tables = {fit: windows(cfg, ctx, fit, cfg.midtrain.student) for fit in ("train", "refit")}
     # An example's ordinal is the same in both fits, so that users whose history went on are in the same range of both.
@@ -104,13 +104,19 @@ def windows(cfg: Config, ctx: Context, fit: str, settings: Training) -> Windows[
 
 
 def vocabulary(cfg: Config, ctx: Context, size: Model, tokens: list[str], texts: Sequence[Text]) -> Any:
-    """The tokenizer of a base model, grown; or one trained on the texts of the mix, of the catalogue and of the prompts."""
+    """The tokenizer of a base model, grown; or one trained on the texts of the mix, of the catalogue and of the prompts.
+
+    Raises ConfigError where that is too small for the words of the prompts.
+    """
     if size.base:
         return grow_vocabulary(size.base, tokens)
     said = [t.prompt + t.completion for t in texts if t.task != "history"]
     items = ctx.lake.read("items", ["text"], order_by=["item_id"])["text"].to_pylist()
-    prompts = vocabulary_texts(load_template(cfg.prompt.template))
-    return build_vocabulary([*said, *items, *prompts], cfg.models.vocabulary, tokens, ctx.work("midtrain", "vocabulary", str(rank())))
+    template, folder = load_template(cfg.prompt.template), ctx.work("midtrain", "vocabulary", str(rank()))
+    made = build_vocabulary([*said, *items, *vocabulary_texts(template)], cfg.models.vocabulary, tokens, folder)
+    if len(graded_ids(made)) < len(graded_labels(template)):
+        raise ConfigError(f"models.vocabulary={cfg.models.vocabulary} leaves no room for labels with their grade: raise it by 300")
+    return made
 
 
 def start_id(tokenizer: Any) -> int:

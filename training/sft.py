@@ -21,7 +21,7 @@ import torch
 from gr2.config import Config, Training
 from gr2.context import Context, Result
 from gr2.errors import InputError
-from scoring.model import encode_all, load, token_tables
+from scoring.model import encode_all, graded_ids, load, token_tables
 from training.data import Example, Rows, pack, rows_per_batch
 from training.fitting import fit, supervised
 from training.loop import planned_steps, rank, world
@@ -41,7 +41,7 @@ def run(cfg: Config, ctx: Context) -> Result:
         result.rows_in = table.total
         base = ctx.model(start)
         model, tokenizer = load(base.path, dropout=cfg.sft.dropout)
-        wake(model, base.manifest.get("unread", []), cfg.seed)
+        wake(model, tokenizer, base.manifest.get("unread", []), cfg.seed)
         inputs = {"tables": {"sft_examples": ctx.lake.content_version("sft_examples")}, "models": {start: base.hash}}
         encode = partial(to_examples, tokenizer, reasoning_weight=cfg.sft.reasoning_weight, answer_weight=cfg.sft.answer_weight)
         draws = Draws(table, table.lanes, cfg.seed, encode)
@@ -72,18 +72,22 @@ def windows(cfg: Config, ctx: Context, settings: Training) -> Windows[Lesson]:
 
 
 @torch.no_grad()
-def wake(model: Any, unread: Sequence[int], seed: int) -> None:
+def wake(model: Any, tokenizer: Any, unread: Sequence[int], seed: int) -> None:
     """Draws the rows of tokens that mid-training never read anew, twice as long as the others are: so they were learned fastest.
 
     A softmax pushes all tokens that never come away from every state: after mid-training from scratch, labels and evidence words stand at a
     cosine of 0.96 to each other, and a small model takes very long to tell them apart. Models with a base have no such tokens.
+    A label with its grade starts as the sum of both: what is learned of one such token holds for its kin (docs/log.md).
     """
+    graded = [(token, *parts) for token, parts in graded_ids(tokenizer).items() if token in set(unread)]
     for table_VD in token_tables(model) if len(unread) else ():
         rest_V = torch.ones(len(table_VD), dtype=torch.bool)
         rest_V[torch.tensor(unread)] = False
         length = LENGTH * table_VD[rest_V].float().norm(dim=1).median()
         drawn_UD = torch.randn(len(unread), table_VD.shape[1], generator=torch.Generator().manual_seed(seed))
         table_VD[torch.tensor(unread)] = (torch.nn.functional.normalize(drawn_UD, dim=1) * length).to(table_VD)
+        for token, label, grade in graded:
+            table_VD[token] = table_VD[label] + table_VD[grade]
 
 
 def to_examples(tokenizer: Any, lessons: Sequence[Lesson], reasoning_weight: float, answer_weight: float) -> list[Example]:

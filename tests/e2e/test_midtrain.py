@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from gr2 import PROJECT, artifacts
 from gr2.context import Context
-from gr2.errors import InputError
+from gr2.errors import ConfigError, InputError
 from gr2.sids import Trie, to_text
 from scoring.beams import beam_search
 from scoring.model import load, sid_ids
@@ -204,6 +204,13 @@ def test_a_fit_without_texts_is_refused(make_ctx: Callable[..., Context]) -> Non
     put(ctx, "midtrain_examples", [])
     with pytest.raises(InputError, match="no text of fit 'train'"):
         midtrain.windows(ctx.cfg, ctx, "train", ctx.cfg.midtrain.student)
+
+
+def test_a_vocabulary_too_small_for_labels_with_grades_is_refused(make_ctx: Callable[..., Context]) -> None:
+    ctx = make_ctx([*SMALL, "prompt.template=rerank_v5"])
+    put(ctx, "items", [])
+    with pytest.raises(ConfigError, match=r"models.vocabulary=400 leaves no room"):
+        midtrain.vocabulary(ctx.cfg, ctx, ctx.cfg.models.student, [], [])
 
 
 class Digits:

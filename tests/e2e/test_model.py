@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from gr2.config import Model
 from gr2.errors import ModelError
-from gr2.prompts import LABELS, format_answer
+from gr2.prompts import LABELS, format_answer, load_template, vocabulary_texts
 from gr2.sids import sid_tokens, to_text
 from scoring.model import (
     BOS,
@@ -23,6 +23,7 @@ from scoring.model import (
     build_vocabulary,
     check_items,
     encode,
+    graded_ids,
     grow_vocabulary,
     label_ids,
     label_logprobs,
@@ -56,9 +57,17 @@ def test_labels_sids_words_and_numbers_are_single_tokens(vocabulary: Any) -> Non
     answer = vocabulary.convert_ids_to_tokens(encode(vocabulary, f"<think>@A</think>{format_answer(LABELS[:3])}<eos>"))
     assert answer == ["<think>", "@", "A", "</think>", '["', "A", '","', "B", '","', "C", '"]', "<eos>"]
     assert len(set(label_ids(vocabulary))) == 20
+    assert graded_ids(vocabulary) == {}, "no list with grades among the texts"
     table = sid_ids(vocabulary)
     assert table.shape == (3, 8)
     assert vocabulary.convert_ids_to_tokens(table[2].tolist()) == [f"<c_{code}>" for code in range(8)]
+
+
+def test_a_label_and_its_grade_are_one_token_and_leave_other_labels_alone(tmp_path: Path) -> None:
+    graded = build_vocabulary(vocabulary_texts(load_template("rerank_v5"), 2), 900, [], tmp_path)
+    pieces = graded.convert_ids_to_tokens(encode(graded, " popTop @C6 @A0 @Z0 @C @B1x @T12"))
+    assert pieces == ["ĠpopTop", "Ġ@C6", "Ġ@A0", "Ġ@Z0", "Ġ@", "C", "Ġ@", "B", "1", "x", "Ġ@", "T", "1", "2"]
+    assert len(set(label_ids(graded))) == 20
 
 
 @settings(max_examples=150, deadline=None)

@@ -8,7 +8,8 @@ import torch
 
 from gr2.draws import seed_of
 from gr2.errors import InputError, MissingInputError
-from scoring.model import encode, label_ids, load
+from gr2.prompts import load_template, vocabulary_texts
+from scoring.model import build_model, build_vocabulary, encode, graded_ids, label_ids, load
 from tests.e2e import tiny
 from training import checkpoints, fitting, sft
 from training.data import pack, to_batch
@@ -99,14 +100,29 @@ def test_rows_that_midtraining_never_read_are_told_apart_again(ctx):
     before = table.detach().clone()
     with torch.no_grad():
         table[unread] = table[unread].mean(dim=0) + 0.01 * table[unread]  # what a softmax does to tokens that never come
-    sft.wake(model, unread, seed=3)
+    sft.wake(model, tokenizer, unread, seed=3)
     rows = torch.nn.functional.normalize(table[unread].detach(), dim=1)
     assert ((rows @ rows.T) - torch.eye(len(unread))).abs().max() < 0.6
     kept = [i for i in range(len(table)) if i not in unread]
     assert torch.equal(table[kept], before[kept])
     lengths = table.detach().norm(dim=1)
     torch.testing.assert_close(lengths[unread], (2 * lengths[kept].median()).expand(len(unread)), atol=1e-4, rtol=1e-4)
-    sft.wake(model, [], seed=3)
+    sft.wake(model, tokenizer, [], seed=3)
+
+
+def test_a_label_with_its_grade_starts_as_the_sum_of_both(tmp_path):
+    texts = vocabulary_texts(load_template("rerank_v5"), 2)
+    tokenizer = build_vocabulary(texts, 900, tiny.TOKENS, tmp_path)
+    model = build_model(tiny.SIZE, tokenizer, None, seed=1)
+    table, graded = model.get_input_embeddings().weight, graded_ids(tokenizer)
+    c6, z0, c, six = (encode(tokenizer, text) for text in (" @C6", " @Z0", "C", "6"))
+    assert len(graded) == 210
+    assert graded[c6[0]] == (c[0], six[0])
+    before = table.detach().clone()
+    sft.wake(model, tokenizer, [*c6, *c], seed=3)
+    torch.testing.assert_close(table[c6], table[c] + before[six])
+    assert not torch.equal(table[c], before[c])
+    assert torch.equal(table[z0], before[z0]), "what was read stays as it is"
 
 
 def test_a_model_that_could_not_be_published_goes_on_from_its_checkpoint(make_ctx, monkeypatch):
