@@ -132,8 +132,11 @@ CHECKS: dict[str, tuple[tuple[str, ...], str, str]] = {
     ),
     "distill_requests": (
         ("distill_examples", "candidates"),
-        "SELECT count(*) FROM distill_examples LEFT JOIN candidates c USING (request_id) WHERE c.split IS DISTINCT FROM 'rerank'",
-        "distillation read a request outside split rerank",
+        """
+        SELECT count(*) FROM distill_examples LEFT JOIN candidates c USING (request_id)
+        WHERE coalesce(c.split, '') NOT IN ('rerank', 'valid')
+        """,
+        "distillation, which needs no label, read a request outside splits rerank and valid",
     ),
 }
 OF_NIGHTS = ("history_before_night",)

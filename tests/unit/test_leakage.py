@@ -61,6 +61,7 @@ def world(logs: list[list[int]], window: int = 2) -> World:
         for r in requests
     ]
     prompts = [{"request_id": r["request_id"], "split": r["split"]} for r in requests if r["split"] != "test"]
+    lessons = [{"example_id": r["request_id"], "request_id": r["request_id"]} for r in prompts]
     sids = [{"tokenizer": "x", "item_id": f"i{i}", "token_text": f"<a_{i}><b_0>"} for i in range(100)]
     texts = [
         {"fit": fit, "example_id": f"history:u{user}:0", "task": "history", "prompt": "",
@@ -70,7 +71,7 @@ def world(logs: list[list[int]], window: int = 2) -> World:
     return {
         "interactions": interactions, "candidates": [*requests, *nights], "candidate_features": features, "item_stats": stats,
         "item_pairs": pairs,
-        "midtrain_examples": texts, "semantic_ids": sids, "sft_examples": examples, "distill_examples": examples, "rl_prompts": prompts,
+        "midtrain_examples": texts, "semantic_ids": sids, "sft_examples": examples, "distill_examples": lessons, "rl_prompts": prompts,
     }  # fmt: skip
 
 
@@ -122,7 +123,7 @@ LEAKS = {
     "history_before_night": lambda tables: tables["candidates"][-1].update(as_of=START),
     "sft_requests": lambda tables: tables.update(sft_examples=[{"example_id": "x", "request_id": "test:u0", "source": "rejection"}]),
     "rl_requests": change("rl_prompts", 0, request_id="test:u0"),
-    "distill_requests": lambda tables: tables.update(distill_examples=[{"example_id": "x", "request_id": "valid:u1"}]),
+    "distill_requests": lambda tables: tables.update(distill_examples=[{"example_id": "x", "request_id": "test:u1"}]),
     "splits_in_order": lambda tables: tables["interactions"][0].update(split="test"),
     "features_of_the_fit": change("candidate_features", 2, popularity=9.0),
 }
