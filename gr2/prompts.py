@@ -49,6 +49,7 @@ COLUMNS = DERIVED | frozenset(
 )
 SMALL_IS_GOOD = frozenset({"place", "prior_gap", "pair_gap_days"})
 NOBODY = "Z"  # a label that is never given out: it fills a list of labels, so that every place of it stands at the same distance
+GRADED = {f" @{label}{grade}": (label, str(grade)) for label in (*LABELS, NOBODY) for grade in range(10)}  # ` @C6`: what it is made of
 COMPARED = 3  # candidates that a program's thought compares: the first of its order
 BY_PLACE = ("incoming_rank", "prior_score", "prior_gap")  # belong to a place in the incoming order, not to the item in it
 WORD = re.compile(r"[a-z]+[A-Z][a-z]+")  # the shape of every evidence word
@@ -419,9 +420,8 @@ def format_answer(labels: Sequence[str]) -> str:
 
 
 def graded_labels(template: Template) -> list[str]:
-    """Every label with every grade, as lists with grades say it (` @C6`); none where no feature has grades."""
-    graded = any(feature.grades for feature in template.evidence.values())
-    return [f" @{label}{grade}" for label in (*LABELS, NOBODY) for grade in range(10)] if graded else []
+    """Every label with every grade, as lists with grades say it; none where no feature has grades."""
+    return list(GRADED) if any(feature.grades for feature in template.evidence.values()) else []
 
 
 def vocabulary_texts(template: Template, copies: int = 1000) -> list[str]:

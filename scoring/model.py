@@ -14,7 +14,6 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from numpy.typing import NDArray
 
 from gr2.config import Model
 from gr2.errors import ModelError
-from gr2.prompts import ANSWER_OPEN, ANSWER_SEPARATOR, END_THINK, LABELS, NOBODY, THINK
+from gr2.prompts import ANSWER_OPEN, ANSWER_SEPARATOR, END_THINK, GRADED, LABELS, THINK
 from gr2.sids import LETTERS
 from scoring import own_vectors
 
@@ -121,13 +120,10 @@ def label_ids(tokenizer: Any, labels: Sequence[str] = LABELS) -> list[int]:
 
 
 def graded_ids(tokenizer: Any) -> dict[int, tuple[int, int]]:
-    """Tokens that are a label with its grade (` @C6`, `gr2.prompts.graded_labels`), each with the tokens of label and digit."""
-    found = {}
-    for label, grade in product((*LABELS, NOBODY), range(10)):
-        whole, parts = encode(tokenizer, f" @{label}{grade}"), (encode(tokenizer, label), encode(tokenizer, str(grade)))
-        if [len(ids) for ids in (whole, *parts)] == [1, 1, 1]:
-            found[whole[0]] = parts[0][0], parts[1][0]
-    return found
+    """Tokens that are a label with its grade (` @C6`, `gr2.prompts.GRADED`), each with the tokens of label and digit."""
+    texts = [(text, *parts) for text, parts in GRADED.items()]
+    whole, labels, grades = (encode_all(tokenizer, own) for own in zip(*texts, strict=True))
+    return {w[0]: (a[0], b[0]) for w, a, b in zip(whole, labels, grades, strict=True) if len(w) == len(a) == len(b) == 1}
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:

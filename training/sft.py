@@ -79,8 +79,10 @@ def wake(model: Any, tokenizer: Any, unread: Sequence[int], seed: int) -> None:
     cosine of 0.96 to each other, and a small model takes very long to tell them apart. Models with a base have no such tokens.
     A label with its grade starts as the sum of both: what is learned of one such token holds for its kin (docs/log.md).
     """
-    graded = [(token, *parts) for token, parts in graded_ids(tokenizer).items() if token in set(unread)]
-    for table_VD in token_tables(model) if len(unread) else ():
+    if not unread:
+        return
+    graded = [(token, *parts) for token, parts in graded_ids(tokenizer).items() if token in unread]
+    for table_VD in token_tables(model):
         rest_V = torch.ones(len(table_VD), dtype=torch.bool)
         rest_V[torch.tensor(unread)] = False
         length = LENGTH * table_VD[rest_V].float().norm(dim=1).median()
